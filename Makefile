@@ -1,0 +1,60 @@
+# make train   train a small LLaMA on the Python standard library, from nothing
+# make test    run the tests
+# make parity  compare with the transformers package's LLaMA
+# make bench   time the training step against a hand-written one
+# Each makes the virtual environment that it needs. PYTHON=python3.12 chooses
+# the interpreter; VENV=DIR where the environment lives.
+
+comma := ,
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PARITY_VENV ?= .venv-parity
+WORKDIR ?= runs/tiny
+CONFIG ?= configs/llama.py:size=tiny,opt=galore
+ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export JAX_PLATFORMS ?= cpu
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+
+.PHONY: train test lint smoke parity bench clean
+
+train: $(VENV)/installed
+	$(PY) -m frugax.train.corpus --data_dir=data
+	$(PY) -m frugax.train --config=$(CONFIG) --workdir="$(WORKDIR)" $(ARGS)
+	$(PY) -m frugax.report "$(WORKDIR)" --curves-only
+
+test: $(VENV)/installed
+	$(PY) -m pytest -n 2 --dist loadfile --durations=10
+
+lint: $(VENV)/installed
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+smoke: $(VENV)/installed
+	$(PY) -m pytest tests/smoke_test.py
+
+parity: $(PARITY_VENV)/installed
+	$(PARITY_VENV)/bin/python -m pytest tests/parity -v
+
+bench: $(VENV)/installed
+	$(PY) research/studies/bench_step.py
+
+clean:
+	rm -rf .venv .venv-* .cache
+
+# pip takes the newest versions that the constraints of this Python allow.
+define install
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"frugax needs Python 3.11 or newer, $(PYTHON) is {v[0]}.{v[1]}; choose one with make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	@echo "making the virtual environment $(@D) (a few minutes the first time)"
+	@$(PYTHON) -m venv $(@D) || { echo "python -m venv failed; on Debian: apt install python3-venv"; exit 1; }
+	$(@D)/bin/python -m pip install --quiet --editable '.[$(1)]' --constraint launch/constraints/$$($(PYTHON) -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")').txt
+	@touch $@
+endef
+
+$(VENV)/installed: pyproject.toml $(wildcard launch/constraints/*.txt)
+	$(call install,dev)
+
+$(PARITY_VENV)/installed: pyproject.toml $(wildcard launch/constraints/*.txt)
+	$(call install,dev$(comma)parity)

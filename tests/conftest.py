@@ -1,0 +1,12 @@
+"""Eight virtual CPU devices for every test, and compilations that are kept."""
+
+import os
+import pathlib
+
+os.environ['JAX_PLATFORMS'] = 'cpu'
+_DEVICES = '--xla_force_host_platform_device_count=8'
+if _DEVICES not in os.environ.get('XLA_FLAGS', ''):
+  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_DEVICES}'
+_CACHE = pathlib.Path(__file__).parents[1] / '.cache' / 'jax'
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')

@@ -1,0 +1,433 @@
+"""LLaMA in linen, behind a facade on plain nested dicts."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from frugax.models.llama.config import LlamaConfig
+
+Params = dict
+
+_SAVED = 'linear'
+
+_POLICIES = {
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.checkpoint_dots,
+  'dots_no_batch': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+  'linears': jax.checkpoint_policies.save_only_these_names(_SAVED),
+}
+
+
+def _identity(x, names):
+  del names
+  return x
+
+
+def _normal(std):
+  # Drawn in float32 and then rounded: a bfloat16 draw has 128 distinct values.
+  def init(key, shape, dtype):
+    return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+  return init
+
+
+class RMSNorm(nn.Module):
+  """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32.
+
+  References:
+    Zhang and Sennrich, RMSNorm, https://arxiv.org/abs/1910.07467, 2019.
+  """
+
+  config: LlamaConfig
+
+  @nn.compact
+  def __call__(self, x):
+    config = self.config
+    scale = self.param(
+      'scale', nn.initializers.ones, x.shape[-1:], jnp.dtype(config.param_dtype)
+    )
+    x = x.astype(jnp.float32)
+    x *= lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.norm_eps)
+    return (x * scale.astype(jnp.float32)).astype(config.dtype)
+
+
+def rotate(x_BxTxHxK, positions, theta):
+  """Rotary position embedding of queries or keys.
+
+  Dimension `i` and dimension `i + K/2` form a pair, turned by the angle
+  `position * theta^(-2i/K)`: the half-split order of Hugging Face's LLaMA, so
+  its weights need no permutation (Meta's original interleaves the pairs).
+
+  Args:
+    x_BxTxHxK: queries or keys; K is even.
+    positions: integers, (B, T) or (T,).
+    theta: base of the angles.
+
+  Returns:
+    The rotated array in the input's dtype; computed in float32.
+
+  Examples:
+    >>> x = jnp.ones((1, 2, 1, 2))
+    >>> rotate(x, jnp.array([0, 1]), 10000.0)[0, :, 0].round(3).tolist()
+    [[1.0, 1.0], [-0.30..., 1.38...]]
+
+  References:
+    Su et al., RoFormer, https://arxiv.org/abs/2104.09864, 2021.
+  """
+  half = x_BxTxHxK.shape[-1] // 2
+  # float64 until the last rounding: an error here grows with the position.
+  frequency = (float(theta) ** (-np.arange(half) / half)).astype(np.float32)
+  angle = positions[..., None, None].astype(jnp.float32) * frequency
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  x, y = jnp.split(x_BxTxHxK.astype(jnp.float32), 2, axis=-1)
+  turned = jnp.concatenate([x * cos - y * sin, y * cos + x * sin], axis=-1)
+  return turned.astype(x_BxTxHxK.dtype)
+
+
+class _Linears(nn.Module):
+  """Base of the modules whose matmuls go through `dot_general`."""
+
+  config: LlamaConfig
+  dot_general: Callable
+  constrain: Callable
+
+  def linear(self, name, x, features, axis=-1):
+    config = self.config
+    y = nn.DenseGeneral(
+      features,
+      axis=axis,
+      use_bias=False,
+      dtype=jnp.dtype(config.dtype),
+      param_dtype=jnp.dtype(config.param_dtype),
+      kernel_init=_normal(config.init_std),
+      dot_general=self.dot_general,
+      name=name,
+    )(x)
+    return checkpoint_name(y, _SAVED)
+
+
+class Attention(_Linears):
+  """Causal grouped-query attention with rotary positions."""
+
+  @nn.compact
+  def __call__(self, x_BxTxD, segment_ids_BxT, positions):
+    config, constrain = self.config, self.constrain
+    head_names = ('batch', 'sequence', 'act_heads', 'head_dim')
+    kv_names = ('batch', 'kv_sequence', 'act_kv_heads', 'head_dim')
+    q = self.linear('q', x_BxTxD, (config.n_heads, config.d_head))
+    k = self.linear('k', x_BxTxD, (config.n_kv_heads, config.d_head))
+    v = self.linear('v', x_BxTxD, (config.n_kv_heads, config.d_head))
+    q = constrain(rotate(q, positions, config.rope_theta), head_names)
+    k = constrain(rotate(k, positions, config.rope_theta), kv_names)
+    v = constrain(v, kv_names)
+    mask = None
+    if segment_ids_BxT is not None:
+      mask = segment_ids_BxT[:, None, :, None] == segment_ids_BxT[:, None, None]
+    y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
+    y = constrain(y, head_names)
+    return self.linear('o', y, config.dim, axis=(-2, -1))
+
+
+class Mlp(_Linears):
+  """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+
+  @nn.compact
+  def __call__(self, x_BxTxD):
+    gate = self.linear('gate', x_BxTxD, self.config.ffn)
+    up = self.linear('up', x_BxTxD, self.config.ffn)
+    hidden = nn.silu(gate) * up
+    hidden = self.constrain(hidden, ('batch', 'sequence', 'act_mlp'))
+    return self.linear('down', hidden, self.config.dim)
+
+
+class Block(nn.Module):
+  """One layer: attention and MLP, each on a norm and added to the stream."""
+
+  config: LlamaConfig
+  dot_general: Callable = lax.dot_general
+  constrain: Callable = _identity
+
+  @nn.compact
+  def __call__(self, x_BxTxD, segment_ids_BxT, positions):
+    shared = (self.config, self.dot_general, self.constrain)
+    stream = ('batch', 'sequence', 'act_embed')
+    y = RMSNorm(self.config, name='attn_norm')(x_BxTxD)
+    y = Attention(*shared, name='attn')(y, segment_ids_BxT, positions)
+    x_BxTxD = self.constrain(x_BxTxD + y, stream)
+    y = RMSNorm(self.config, name='mlp_norm')(x_BxTxD)
+    y = Mlp(*shared, name='mlp')(y)
+    return self.constrain(x_BxTxD + y, stream)
+
+
+class Llama:
+  """A LLaMA on plain nested dicts: `init`, `apply`, `axes`; and in steps.
+
+    x_0 = embedding[tokens];  x_{l+1} = block_l(x_l);  logits = head(norm(x_L))
+
+  Parameters are one nested dict; the layers are stacked along a leading axis
+  and walked by `lax.scan`, so that compile time does not grow with depth:
+
+    embed/embedding                (V, D)
+    layers/attn_norm/scale         (L, D)
+    layers/attn/{q,k,v}/kernel     (L, D, heads, d_head)
+    layers/attn/o/kernel           (L, heads, d_head, D)
+    layers/mlp_norm/scale          (L, D)
+    layers/mlp/{gate,up}/kernel    (L, D, ffn)
+    layers/mlp/down/kernel         (L, ffn, D)
+    final_norm/scale               (D,)
+    lm_head/kernel                 (D, V), absent where the embedding is tied
+
+  `apply` is `embed`, `block` for each layer and `head`; a caller who must see
+  every layer (to update one at a time inside the backward pass, say) walks
+  them himself. `config.remat` acts in `apply` alone.
+
+  Args:
+    config: the shape.
+    dot_general: computes the seven linears of a layer, with the signature of
+      `jax.lax.dot_general`: the place for a low-bit matmul. The head and the
+      embedding stay out of it.
+    constrain: called as `constrain(x, names)` on activations, and on the
+      embedding before its look-up; returns `x` with a sharding. The model
+      knows names, not meshes: 'batch', 'sequence', 'kv_sequence', 'act_embed',
+      'act_heads', 'act_kv_heads', 'head_dim', 'act_mlp', 'act_vocab'.
+
+  Examples:
+    >>> from frugax.models import llama
+    >>> model = llama.Llama(llama.config('tiny', n_layers=2))
+    >>> params = model.init(jax.random.key(0))
+    >>> params['layers']['attn']['q']['kernel'].shape
+    (2, 128, 4, 32)
+    >>> tokens = jnp.arange(8).reshape(1, 8)
+    >>> logits = model.apply(params, tokens)
+    >>> logits.shape, logits.dtype
+    ((1, 8, 320), dtype('float32'))
+
+    The same, layer by layer:
+
+    >>> x = model.embed(params, tokens)
+    >>> for i in range(2):
+    ...   layer = jax.tree.map(lambda p: p[i], params['layers'])
+    ...   x = model.block(layer, x)
+    >>> bool(jnp.allclose(model.head(params, x), logits, atol=1e-5))
+    True
+
+  References:
+    Touvron et al., LLaMA, https://arxiv.org/abs/2302.13971, 2023.
+  """
+
+  def __init__(
+    self,
+    config: LlamaConfig,
+    *,
+    dot_general: Callable = lax.dot_general,
+    constrain: Callable = _identity,
+  ):
+    self.config = config
+    self._constrain = constrain
+    self._block = Block(config, dot_general, constrain)
+    self._norm = RMSNorm(config)
+    # Once, here: without it, every eager call would compile the scan anew.
+    self._jitted = jax.jit(self._forward)
+
+  def init(self, key: jax.Array) -> Params:
+    """Fresh parameters: normal(0, init_std); ones for the norms.
+
+    Args:
+      key: a random key. The values depend on it and on the shapes alone, not
+        on sharding; in bfloat16 they are the float32 values rounded.
+
+    Returns:
+      The nested dict described in the class, in `config.param_dtype`. Under
+      `jax.jit` with `out_shardings` each device makes its own part.
+    """
+    config = self.config
+    embed_key, layers_key, head_key = jax.random.split(key, 3)
+    normal = _normal(config.init_std)
+    dtype = jnp.dtype(config.param_dtype)
+    x = jnp.zeros((1, 1, config.dim), config.dtype)
+    # Shapes do not depend on dot_general, so a plain block stands in: an
+    # injected one need not support vmap.
+    block = Block(config)
+
+    def init_layer(key):
+      return block.init(key, x, None, jnp.arange(1))['params']
+
+    params = {
+      'embed': {
+        'embedding': normal(embed_key, (config.vocab_size, config.dim), dtype)
+      },
+      'layers': jax.vmap(init_layer)(
+        jax.random.split(layers_key, config.n_layers)
+      ),
+      'final_norm': {'scale': jnp.ones((config.dim,), dtype)},
+    }
+    if not config.tie_embeddings:
+      shape = (config.dim, config.vocab_size)
+      params['lm_head'] = {'kernel': normal(head_key, shape, dtype)}
+    return params
+
+  def apply(
+    self,
+    params: Params,
+    tokens_BxT: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+  ) -> jax.Array:
+    """The logits of the next token at every position.
+
+    Args:
+      params: as from `init`.
+      tokens_BxT: integers in [0, vocab_size). Beyond it the embedding is NaN,
+        and so is the loss: check the data before.
+      segment_ids: integers, (B, T): a token attends only to earlier tokens of
+        its own segment (packed documents). None: the row is one document.
+      positions: integers, (B, T), for rotary. None: 0 to T-1, which also serves
+        packed documents, as attention sees differences of positions alone.
+
+    Returns:
+      float32 logits, (B, T, vocab_size).
+
+    Raises:
+      ValueError: tokens are not integers of rank 2, or the other two do not
+        have their shape.
+    """
+    _check(tokens_BxT, segment_ids, positions)
+    tokens_BxT = jnp.asarray(tokens_BxT)
+    return self._jitted(params, tokens_BxT, segment_ids, positions)
+
+  def _forward(self, params, tokens_BxT, segment_ids, positions):
+    def layer(x_BxTxD, layer_params):
+      x_BxTxD = self.block(
+        layer_params, x_BxTxD, segment_ids=segment_ids, positions=positions
+      )
+      return x_BxTxD, None
+
+    if self.config.remat != 'none':
+      # A scan's body cannot be merged with its forward: no need to forbid it.
+      policy = _POLICIES[self.config.remat]
+      layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+    x_BxTxD = self.embed(params, tokens_BxT)
+    x_BxTxD, _ = lax.scan(layer, x_BxTxD, params['layers'])
+    return self.head(params, x_BxTxD)
+
+  def embed(self, params: Params, tokens_BxT: jax.Array) -> jax.Array:
+    """The residual stream before the first layer, (B, T, dim)."""
+    _check(tokens_BxT)
+    # Rows sharded along their width do not reshard to a sharded batch: XLA
+    # would replicate the whole residual stream. Gather the table instead.
+    table = self._constrain(
+      params['embed']['embedding'], ('act_vocab', 'act_embed')
+    )
+    x = jnp.take(table, tokens_BxT, axis=0)
+    x = x.astype(self.config.dtype)
+    return self._constrain(x, ('batch', 'sequence', 'act_embed'))
+
+  def block(
+    self,
+    layer_params: Params,
+    x_BxTxD: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+  ) -> jax.Array:
+    """One layer, without remat.
+
+    Args:
+      layer_params: `params['layers']` at one index of the leading axis.
+      x_BxTxD: the residual stream.
+      segment_ids: as in `apply`.
+      positions: as in `apply`.
+
+    Returns:
+      The residual stream after the layer.
+    """
+    if positions is None:
+      positions = jnp.arange(x_BxTxD.shape[1])
+    variables = {'params': layer_params}
+    return self._block.apply(variables, x_BxTxD, segment_ids, positions)
+
+  def head(self, params: Params, x_BxTxD: jax.Array) -> jax.Array:
+    """Final norm and projection to the vocabulary: float32, (B, T, V)."""
+    x = self._norm.apply({'params': params['final_norm']}, x_BxTxD)
+    if self.config.tie_embeddings:
+      kernel, axis = params['embed']['embedding'], 1
+    else:
+      kernel, axis = params['lm_head']['kernel'], 0
+    logits = lax.dot_general(
+      x,
+      kernel.astype(x.dtype),
+      (((2,), (axis,)), ((), ())),
+      preferred_element_type=jnp.float32,
+    )
+    return self._constrain(logits, ('batch', 'sequence', 'act_vocab'))
+
+  def axes(self) -> Params:
+    """The logical axis names of every parameter.
+
+    Returns:
+      The structure of `init`; leaves are tuples, one name an axis, out of
+      'layers', 'embed', 'heads', 'kv_heads', 'head_dim', 'mlp', 'vocab' and
+      'norm'. A trainer maps them to mesh axes; an optimizer reads from them
+      which axes of a kernel form its matrix.
+
+    Examples:
+      >>> from frugax.models import llama
+      >>> llama.Llama(llama.config('tiny')).axes()['layers']['mlp']['down']
+      {'kernel': ('layers', 'mlp', 'embed')}
+    """
+
+    def kernel(*names):
+      return {'kernel': ('layers', *names)}
+
+    axes = {
+      'embed': {'embedding': ('vocab', 'embed')},
+      'layers': {
+        'attn_norm': {'scale': ('layers', 'norm')},
+        'attn': {
+          'q': kernel('embed', 'heads', 'head_dim'),
+          'k': kernel('embed', 'kv_heads', 'head_dim'),
+          'v': kernel('embed', 'kv_heads', 'head_dim'),
+          'o': kernel('heads', 'head_dim', 'embed'),
+        },
+        'mlp_norm': {'scale': ('layers', 'norm')},
+        'mlp': {
+          'gate': kernel('embed', 'mlp'),
+          'up': kernel('embed', 'mlp'),
+          'down': kernel('mlp', 'embed'),
+        },
+      },
+      'final_norm': {'scale': ('norm',)},
+    }
+    if not self.config.tie_embeddings:
+      axes['lm_head'] = {'kernel': ('embed', 'vocab')}
+    return axes
+
+
+def shapes(config: LlamaConfig) -> Params:
+  """The parameters of `Llama(config)` as shapes and dtypes, unallocated."""
+  return jax.eval_shape(Llama(config).init, jax.random.key(0))
+
+
+def _check(tokens, segment_ids=None, positions=None):
+  shape = jnp.shape(tokens)
+  for name, value in (
+    ('tokens', tokens),
+    ('segment_ids', segment_ids),
+    ('positions', positions),
+  ):
+    if value is None:
+      continue
+    dtype = jnp.result_type(value)
+    if not jnp.issubdtype(dtype, jnp.integer):
+      raise ValueError(f'{name} must be integers, not {dtype}.')
+    if len(shape) != 2 or jnp.shape(value) != shape:
+      want = '(batch, sequence)' if name == 'tokens' else f'{shape}, as tokens'
+      raise ValueError(
+        f'{name} have shape {jnp.shape(value)}, but must have {want}.'
+      )

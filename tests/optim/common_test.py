@@ -1,0 +1,311 @@
+"""The invariants that every optimizer must keep, ours and optax's, in a table.
+
+One row an optimizer, one test an invariant. To add an optimizer, add its row.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from frugax import optim
+
+
+def last_two(params):
+  """Every array's last two axes are its matrix, all others its batch."""
+  axes = optim.MatrixAxes((-2,), (-1,))
+  return jax.tree.map(lambda p: axes if p.ndim > 1 else None, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One optimizer and what is known about it.
+
+  Attributes:
+    make: `make(learning_rate=..., **arguments)`.
+    arguments: its other arguments.
+    static: those that optax.inject_hyperparams must leave alone.
+    equivariant: updating a stack of layers equals stacking the updates of each.
+      Ours all are. Some of optax's treat an array as one tensor or matrix.
+  """
+
+  make: Callable[..., optax.GradientTransformation]
+  arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+  static: tuple[str, ...] = ()
+  equivariant: bool = True
+
+  def tx(self, learning_rate: Any = 0.05) -> optax.GradientTransformation:
+    return self.make(learning_rate=learning_rate, **self.arguments)
+
+
+def low_rank(learning_rate, inner, options):
+  """A chain as a user writes it."""
+  return optax.chain(
+    optim.low_rank(inner, 2, 2, axes=last_two, **options),
+    optim.step_and_decay(learning_rate),
+  )
+
+
+def low_rank_row(inner, **options):
+  return Row(low_rank, {'inner': inner, 'options': options})
+
+
+def galore_row(**arguments):
+  arguments = {'rank': 2, 'update_interval': 2, 'axes': last_two, **arguments}
+  return Row(optim.galore, arguments, ('rank', 'update_interval', 'axes'))
+
+
+def adam_hf(learning_rate, weight_decay):
+  return optax.chain(
+    optim.scale_by_adam_hf(),
+    optim.step_and_decay(learning_rate, weight_decay),
+  )
+
+
+OURS = {
+  'adam_hf': Row(adam_hf, {'weight_decay': 0.1}),
+  'galore': galore_row(),
+  'galore_decay': galore_row(
+    weight_decay=0.1, mask={'stack': True, 'w': False, 'b': False}
+  ),
+  'galore_sketch_long': galore_row(projector='sketch', side='long'),
+  'galore_random': galore_row(projector='random', moments='reset'),
+  'low_rank_adamw': low_rank_row(optax.adamw(1.0, weight_decay=0.1)),
+  'low_rank_sketch_lion': low_rank_row(
+    optax.scale_by_lion(), projector='sketch'
+  ),
+  'low_rank_reset': low_rank_row(optax.scale_by_adam(), moments='reset'),
+}
+OPTAX = {
+  'adamw': Row(optax.adamw),
+  'sgd': Row(optax.sgd, {'momentum': 0.9}),
+  'lion': Row(optax.lion),
+  'adafactor': Row(
+    optax.adafactor,
+    {'min_dim_size_to_factor': 2},
+    ('min_dim_size_to_factor',),
+    equivariant=False,
+  ),
+  'lamb': Row(optax.lamb, equivariant=False),
+  'rmsprop': Row(optax.rmsprop),
+  'adagrad': Row(optax.adagrad),
+  'novograd': Row(optax.novograd, equivariant=False),
+  'yogi': Row(optax.yogi),
+  'nadamw': Row(optax.nadamw),
+  'muon': Row(
+    optax.contrib.muon, {}, ('ns_steps', 'ns_coeffs'), equivariant=False
+  ),
+}
+ROWS = OURS | OPTAX
+
+PARAMS = {'stack': (2, 8, 24), 'w': (16, 8), 'b': (8,)}
+SPECS = {'stack': P(None, None, 'fsdp'), 'w': P('fsdp'), 'b': P('fsdp')}
+STEPS = 3
+
+
+def tree(seed):
+  rng = np.random.default_rng(seed)
+  return {
+    k: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    for k, shape in PARAMS.items()
+  }
+
+
+def grads(step):
+  return tree(step + 1)
+
+
+def run(update, params, state, steps=range(STEPS), of=grads):
+  for step in steps:
+    updates, state = update(of(step), state, params)
+    params = optax.apply_updates(params, updates)
+  return params, state
+
+
+@functools.cache
+def plain(name):
+  """The plain jitted run of a row: initial state, final parameters, state."""
+  tx = ROWS[name].tx()
+  init = tx.init(tree(0))
+  return init, *run(jax.jit(tx.update), tree(0), init)
+
+
+def assert_close(got, want):
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5),
+    got,
+    want,
+  )
+
+
+def specs_of(x):
+  return jax.tree.map(lambda a: (jnp.shape(a), jnp.result_type(a)), x)
+
+
+@pytest.fixture(params=ROWS, name='name')
+def _name(request):
+  return request.param
+
+
+def test_jit_equals_eager(name):
+  tx = ROWS[name].tx()
+  init, want, _ = plain(name)
+  got, _ = run(tx.update, tree(0), init)
+  assert_close(got, want)
+
+
+def test_state_is_arrays_that_never_change_shape_or_dtype(name):
+  init, params, final = plain(name)
+  abstract = jax.eval_shape(ROWS[name].tx().init, tree(0))
+  assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(init))
+  assert jax.tree.structure(abstract) == jax.tree.structure(init)
+  assert specs_of(abstract) == specs_of(init) == specs_of(final)
+  assert specs_of(params) == specs_of(tree(0))
+
+
+def test_bfloat16_state_never_changes_dtype(name):
+  """Traced only: gradients in float32 for parameters in bfloat16."""
+  tx = ROWS[name].tx()
+  low = jax.eval_shape(
+    lambda: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree(0))
+  )
+  # Adam of optax takes the dtype of its first gradients; ours does not.
+  ours = ROWS[name].make in (optim.galore, adam_hf)
+  for g in (low, tree(1)) if ours else (low,):
+    state = jax.eval_shape(tx.init, low)
+    updates, new = jax.eval_shape(tx.update, g, state, low)
+    assert specs_of(updates) == specs_of(g)
+    assert specs_of(new) == specs_of(state)
+
+
+def test_saved_and_restored_state_continues_identically(name):
+  tx = ROWS[name].tx()
+  update = jax.jit(tx.update)
+  init, want, final = plain(name)
+  params, state = run(update, tree(0), init, range(2))
+  leaves, treedef = jax.tree.flatten((params, state))
+  saved = [np.array(x) for x in leaves]
+  params, state = treedef.unflatten([jnp.asarray(x) for x in saved])
+  got = run(update, params, state, range(2, STEPS))
+  jax.tree.map(np.testing.assert_array_equal, got, (want, final))
+
+
+def test_buffers_can_be_donated(name):
+  tx = ROWS[name].tx()
+  update = jax.jit(tx.update, donate_argnums=1)
+  # Aliased buffers (a state that holds the parameters) cannot be donated.
+  state = jax.tree.map(jnp.copy, plain(name)[0])
+  before = jax.tree.leaves(state)
+  got, _ = run(update, tree(0), state)
+  # Adafactor carries scalars in place of what it does not use.
+  assert all(x.is_deleted() for x in before if x.size > 1)
+  assert_close(got, plain(name)[1])
+
+
+def test_accumulates_with_multi_steps(name):
+  """Two half-steps of the same gradient are one step."""
+  tx = optax.MultiSteps(ROWS[name].tx(), every_k_schedule=2)
+  update = jax.jit(tx.update)
+  got, state = run(
+    update, tree(0), tx.init(tree(0)), range(2 * STEPS), lambda i: grads(i // 2)
+  )
+  assert state.gradient_step == STEPS
+  assert_close(got, plain(name)[1])
+
+
+def test_hyperparameters_can_be_injected(name):
+  row = ROWS[name]
+  make = optax.inject_hyperparams(row.make, static_args=row.static)
+  tx = make(learning_rate=0.5, **row.arguments)
+  state = tx.init(tree(0))
+  state.hyperparams['learning_rate'] = jnp.float32(0.05)
+  got, _ = run(jax.jit(tx.update), tree(0), state)
+  assert_close(got, plain(name)[1])
+
+
+def test_learning_rate_can_be_a_schedule(name):
+  tx = ROWS[name].tx(lambda count: jnp.where(count == 0, 0.0, 0.05))
+  update = jax.jit(tx.update)
+  params, state = run(update, tree(0), tx.init(tree(0)), range(1))
+  jax.tree.map(np.testing.assert_array_equal, params, tree(0))
+  moved, _ = run(update, params, state, range(1, 2))
+  assert all(
+    jax.tree.leaves(jax.tree.map(lambda a, b: (a != b).any(), moved, params))
+  )
+
+
+def test_composes_in_masked_and_chain(name):
+  """What the mask hides goes through; the rest is as without the mask."""
+  mask = {'stack': True, 'w': True, 'b': False}
+  tx = optax.chain(
+    optax.masked(ROWS[name].tx(), mask),
+    optax.masked(optax.set_to_zero(), {k: not v for k, v in mask.items()}),
+  )
+  got, _ = run(jax.jit(tx.update), tree(0), tx.init(tree(0)))
+  want = plain(name)[1]
+  np.testing.assert_array_equal(got['b'], tree(0)['b'])
+  assert_close(got['stack'], want['stack'])
+  assert_close(got['w'], want['w'])
+
+
+def test_composes_in_partition(name):
+  labels = {'stack': 'ours', 'w': 'sgd', 'b': 'ours'}
+  tx = optax.partition({'ours': ROWS[name].tx(), 'sgd': optax.sgd(0.1)}, labels)
+  got, _ = run(jax.jit(tx.update), tree(0), tx.init(tree(0)))
+  want = plain(name)[1]
+  assert_close(got['stack'], want['stack'])
+  assert_close(got['b'], want['b'])
+  sgd = tree(0)['w'] - 0.1 * sum(grads(i)['w'] for i in range(STEPS))
+  np.testing.assert_allclose(got['w'], sgd, atol=1e-5)
+
+
+def test_updating_a_stack_is_stacking_the_updates(name):
+  tx, layers = ROWS[name].tx(), []
+
+  def layer(x, i):
+    return x | {'stack': x['stack'][i]}
+
+  for i in range(PARAMS['stack'][0]):
+    params = layer(tree(0), i)
+    got, _ = run(
+      jax.jit(tx.update),
+      params,
+      tx.init(params),
+      of=lambda step: layer(grads(step), i),  # noqa: B023
+    )
+    layers.append(got['stack'])
+  want = plain(name)[1]['stack']
+  equal = np.allclose(np.stack(layers), want, atol=1e-5, rtol=1e-5)
+  assert equal == ROWS[name].equivariant
+
+
+def test_sharded_equals_one_device(name):
+  tx = ROWS[name].tx()
+  mesh = jax.make_mesh(
+    (8,), ('fsdp',), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  shardings = {k: NamedSharding(mesh, spec) for k, spec in SPECS.items()}
+  of_state = optim.state_shardings(tx, tree(0), shardings)
+  params = jax.device_put(tree(0), shardings)
+  state = jax.jit(tx.init, out_shardings=of_state)(params)
+  update = jax.jit(tx.update, out_shardings=(shardings, of_state))
+  got, state = run(
+    update, params, state, of=lambda i: jax.device_put(grads(i), shardings)
+  )
+  _, want, want_state = plain(name)
+  assert_close(got, want)
+  assert_close(state, want_state)
+  for path, leaf in jax.tree.leaves_with_path(state):
+    key = getattr(path[-1], 'key', None)
+    if key in PARAMS and leaf.shape == PARAMS[key]:
+      assert leaf.sharding.spec == SPECS[key]
+    elif key == 'stack' and leaf.shape[-1:] == (24,) and leaf.ndim == 3:
+      assert leaf.sharding.spec == P(None, None, 'fsdp')

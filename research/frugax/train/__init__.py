@@ -1,0 +1,1 @@
+"""Sharded training: mesh, data, step, checkpoint, metrics and the loop."""

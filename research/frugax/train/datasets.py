@@ -1,0 +1,212 @@
+"""Data sets on disk, the TFDS way: write one, open one, or say what is missing.
+
+No TensorFlow: array records give random access to the documents of a split.
+"""
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from frugax import names
+
+
+def prepare(
+  name: str,
+  splits: dict[str, Callable[[], Iterable[dict[str, str]]]],
+  data_dir: str,
+  *,
+  fields: Sequence[str] = ('text',),
+  version: str = '1.0.0',
+  description: str = '',
+) -> str:
+  """Writes documents as a TFDS data set, array records, without TensorFlow.
+
+  The data set appears under its name only once it is complete: TFDS writes to
+  a directory called incomplete.* and renames it. One that is there already is
+  left as it is.
+
+  Args:
+    name: what to call it, in snake_case.
+    splits: split name -> function that yields documents, dicts of `fields`.
+    data_dir: the TFDS directory to put it in.
+    fields: the features, all of them text.
+    version: version of the data set.
+    description: goes into the data set's metadata.
+
+  Returns:
+    The directory of the data set, `data_dir/name/version`.
+
+  Raises:
+    ValueError: a split without documents, or a name that TFDS refuses.
+
+  Examples:
+    >>> import tempfile
+    >>> docs = [{'text': 'one'}, {'text': 'two'}, {'text': 'three'}]
+    >>> with tempfile.TemporaryDirectory() as tmp:
+    ...   _ = prepare('tiny', {'train': lambda: docs}, tmp)
+    ...   sorted(d['text'] for d in documents('tiny', tmp, 'train', 'text'))
+    [b'one', b'three', b'two']
+  """
+  import tensorflow_datasets as tfds
+
+  if not re.fullmatch('[a-z][a-z0-9_]*', name):
+    raise ValueError(f'data set name {name!r} is not snake_case, as TFDS wants')
+  for split, documents in splits.items():
+    if next(iter(documents()), None) is None:
+      raise ValueError(f'split {split!r} of data set {name!r} has no documents')
+
+  class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    VERSION = tfds.core.Version(version)
+    code_path = None  # there are no checksums of downloads beside this file
+
+    def _info(self):
+      text = {field: tfds.features.Text() for field in fields}
+      return tfds.core.DatasetInfo(
+        builder=self,
+        description=description,
+        features=tfds.features.FeaturesDict(text),
+      )
+
+    def _split_generators(self, dl_manager):
+      del dl_manager
+      return {s: self._generate_examples(f) for s, f in splits.items()}
+
+    def _generate_examples(self, documents):
+      yield from enumerate(documents())
+
+  Builder.name = name
+  tfds.disable_progress_bar()
+  with _quiet(), contextlib.redirect_stdout(io.StringIO()):
+    builder = Builder(data_dir=data_dir)
+    builder.download_and_prepare(
+      file_format='array_record',
+      download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+    )
+    complete = builder.is_prepared()
+  if not complete:
+    raise ValueError(
+      f'{builder.data_dir!r} exists and is no complete data set: delete it'
+    )
+  return os.fspath(builder.data_dir)
+
+
+def documents(name: str, data_dir: str, split: str, text_field: str):
+  """Random access to the documents of a split.
+
+  Args:
+    name: a TFDS name, with or without config and version ('lm1b', 'c4/en',
+      'c4/en:3.0.1'), that is prepared under `data_dir`, or the directory of a
+      prepared data set.
+    data_dir: the TFDS directory.
+    split: a TFDS split; slices such as 'train[:90%]' work.
+    text_field: the feature that must hold text.
+
+  Returns:
+    A sequence of dicts, at least one. Text is bytes from disk, and str under
+    tfds.testing.mock_data.
+
+  Raises:
+    ValueError: the data set is not there, has no such split or text field, or
+      the split is empty.
+  """
+  with _quiet():
+    builder = _builder(name, data_dir)
+    known = builder.info.splits
+    for part in split.split('+'):
+      base = part.split('[')[0].strip()
+      if known and base != 'all' and base not in known:
+        raise names.unknown(f'split of data set {name!r}', base, known)
+    if known and not known[split].num_examples:
+      raise ValueError(
+        f'split {split!r} of data set {name!r} is empty; it has '
+        + ', '.join(
+          f'{s} ({i.num_examples} documents)' for s, i in known.items()
+        )
+      )
+    try:
+      source = builder.as_data_source(split)
+    except (AssertionError, NotImplementedError) as e:
+      raise _missing(name, data_dir, builder) from e
+    example = source[0]
+  text = example.get(text_field)
+  if not isinstance(text, str | bytes):
+    what = 'is not text' if text_field in example else 'does not exist'
+    raise ValueError(
+      f'text_field {text_field!r} of data set {name!r} {what}; its '
+      f'fields: {", ".join(sorted(example))}'
+    )
+  return source
+
+
+def _builder(name: str, data_dir: str):
+  """The TFDS builder of a directory, or of a name."""
+  import tensorflow_datasets as tfds
+
+  if not name:
+    raise ValueError(
+      "no data set: name one of TFDS, a prepared directory, or 'stdlib'"
+    )
+  for path in _directories(name, data_dir):
+    if os.path.isfile(os.path.join(path, 'dataset_info.json')):
+      return tfds.builder_from_directory(path)
+  try:
+    return tfds.builder(name, data_dir=data_dir, try_gcs=False)
+  except (tfds.core.DatasetNotFoundError, ImportError, ValueError) as e:
+    raise _missing(name, data_dir) from e
+
+
+def _directories(name: str, data_dir: str) -> list[str]:
+  """Where a prepared data set of this name may be, the best first."""
+  import tensorflow_datasets as tfds
+
+  stem, _, version = name.partition(':')
+  places = [name]
+  for root in (stem, os.path.join(data_dir, stem)):
+    entries = os.listdir(root) if os.path.isdir(root) else []
+    versions = filter(tfds.core.Version.is_valid, entries)
+    newest = sorted(versions, key=tfds.core.Version, reverse=True)
+    places += [os.path.join(root, v) for v in newest if version in ('', v)]
+  return places
+
+
+def _missing(name: str, data_dir: str, builder=None) -> ValueError:
+  """The error for a data set that is not on disk."""
+  where = os.path.abspath(data_dir)
+  here = os.path.join(data_dir, name.partition(':')[0])
+  if name == 'stdlib':
+    way = (
+      f"build it with: python -m frugax.train.corpus --data_dir='{data_dir}'"
+    )
+  else:
+    way = (
+      f"build it with: tensorflow_datasets.builder('{name}', data_dir="
+      f"'{data_dir}').download_and_prepare(file_format='array_record')"
+    )
+  if builder is not None and builder.is_prepared():
+    way = (
+      f'there it is as {builder.info.file_format.value}, which has no random '
+      f'access: take another data_dir and {way}'
+    )
+  if name.split('/')[0] == 'c4':
+    way += ' (building c4 takes TensorFlow; reading a prepared c4 does not)'
+  if os.path.isdir(here):
+    way += f'. In {here!r}: {", ".join(sorted(os.listdir(here)))}'
+  return ValueError(
+    f'data set {name!r} is neither the directory of a prepared data set nor '
+    f'ready for random access under data_dir {where!r}; {way}'
+  )
+
+
+@contextlib.contextmanager
+def _quiet():
+  """TFDS without its log lines."""
+  from absl import logging
+
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(verbosity)

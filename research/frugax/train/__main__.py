@@ -1,0 +1,43 @@
+"""python -m frugax.train --config=configs/llama.py:size=tiny --workdir=DIR"""
+
+import os
+import pathlib
+import sys
+import traceback
+
+from absl import logging
+
+from frugax import config as fx_config
+from frugax.train import loop
+
+
+def main(argv: list[str]) -> int:
+  """Trains; returns the exit status: 1 a failed run, 2 a bad config."""
+  logging.set_verbosity(logging.ERROR)  # Orbax and TFDS tell a lot
+  try:
+    config, args = fx_config.parse_command_line(argv, 'python -m frugax.train')
+    loop.train(config, args.workdir, command=_command(argv))
+  except loop.NonFiniteLoss as e:
+    print(f'error: {e}', file=sys.stderr)
+    return 1
+  except ValueError as e:
+    # Our own errors say what to do; any other keeps its traceback.
+    raised_in = traceback.extract_tb(e.__traceback__)[-1].filename
+    package = pathlib.Path(__file__).resolve().parents[1]
+    if package not in pathlib.Path(raised_in).resolve().parents:
+      raise
+    print(f'error: {e}', file=sys.stderr)
+    return 2
+  return 0
+
+
+def _command(argv):
+  """The command line of this run, for the same folder."""
+  python = os.path.relpath(sys.executable)
+  if python.startswith(os.pardir):
+    python = sys.executable
+  return [python, '-m', 'frugax.train', *argv]
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,291 @@
+"""The loop: the one place where the order of a run's events is visible."""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from frugax.train import checkpoint, console, data, metrics, step, tokenizer
+from frugax.train.signals import StopSignal
+
+
+class NonFiniteLoss(RuntimeError):
+  """The loss stopped being a number; the message says how to go on."""
+
+
+def train(
+  config,
+  workdir: str | os.PathLike,
+  *,
+  command: Sequence[str] = (),
+  devices: Sequence[jax.Device] | None = None,
+) -> dict[str, Any]:
+  """Trains to `config.steps`, from the latest checkpoint if there is one.
+
+  Args:
+    config: the run's ConfigDict (configs/llama.py shows every field).
+    workdir: gets config.json, metrics.jsonl, tensorboard/, checkpoints/ and,
+      when all steps are done, summary.json.
+    command: the command line that started the run, to be printed for resuming.
+    devices: the devices of the mesh; default all.
+
+  Returns:
+    The summary that summary.json holds; only steps and stopped=True when a
+    signal ended the run before its last step.
+
+  Raises:
+    ValueError: a config that cannot run, found before anything is compiled.
+    NonFiniteLoss: the loss, gradient or update was not finite. Nothing of that
+      step is saved.
+  """
+  with StopSignal() as stop:
+    return _train(config, os.fspath(workdir), stop, command, devices)
+
+
+def _train(config, workdir, stop, command, devices):
+  # What can be wrong is found here, before any compilation.
+  program = step.build(config, devices)
+  tok = tokenizer.tokenizer(config.data.tokenizer)
+  data.check(config.data, tok, program.model.config.vocab_size)
+  program.layout.check_batch(
+    config.eval.batch_size, config.data.sequence_length, 'eval.batch_size'
+  )
+  hosts = {
+    'process_index': jax.process_index(),
+    'process_count': jax.process_count(),
+  }
+  train_data = data.train_batches(
+    config.data, tok, batch_size=config.batch_size, **hosts
+  )
+  eval_data = data.eval_batches(
+    config.data,
+    tok,
+    batch_size=config.eval.batch_size,
+    tokens=config.eval.tokens,
+    **hosts,
+  )
+  eval_step = jax.jit(step.make_eval_step(program.model, tok.bytes_per_id()))
+
+  # The state: the latest checkpoint's, or a new one.
+  checkpoints = checkpoint.Checkpoints(
+    os.path.join(workdir, 'checkpoints'), config.checkpoint.keep
+  )
+  done = checkpoints.latest_step()
+  if done is None:
+    done, meta = 0, {'seconds': 0.0, 'tokens': 0, 'best': None}
+    state = program.init(jax.random.PRNGKey(config.seed))
+  else:
+    state, meta = checkpoints.restore(
+      done, program.abstract_state(), data.restore_args(train_data)
+    )
+  info = console.describe(config, program)
+  console.announce(config, workdir, info, done, meta.get('config'))
+  log = _Log(config, workdir, program, info, done, meta)
+  best, eval_row = meta['best'], {}
+  resume = shlex.join(command)
+
+  def save(eval_loss=None):
+    now = {'seconds': log.clock.seconds, 'tokens': log.tokens, 'best': best}
+    now['config'] = config.to_dict()
+    checkpoints.save(done, state, data.save_args(train_data), now, eval_loss)
+
+  def settle(step_and_metrics):
+    row = log.step(*step_and_metrics)
+    finite = np.isfinite([row['loss'], row['grad_norm'], row['update_norm']])
+    if not (finite.all() or config.skip_nonfinite):
+      checkpoints.wait()
+      kept = checkpoints.latest_step()
+      at = step_and_metrics[0]
+      raise NonFiniteLoss(console.advice(at, row, kept, workdir, resume))
+
+  def evaluate():
+    sums = [eval_step(state.params, program.put(b)) for b in eval_data]
+    return evaluation(jax.device_get(sums), config.eval.compat)
+
+  with jax.set_mesh(program.layout.mesh), log:
+    try:
+      late = None
+      while done < config.steps:
+        # A step is dispatched before the metrics of the one before it are
+        # fetched, so the device never waits for the host.
+        batch = next(train_data, None)
+        if batch is None:
+          raise ValueError(
+            f'the data ended after {done} steps, {config.steps} were asked'
+            ' for; set --config.data.repeat=true or fewer --config.steps'
+          )
+        state, on_device = program.train_step(state, program.put(batch))
+        if late:
+          settle(late)
+        done += 1
+        late = (done, on_device)
+        last = done == config.steps
+        stopping = stop.requested(done)
+        evaluating = last or _due(done, config.eval.every)
+        saving = last or stopping or _due(done, config.checkpoint.every)
+        if not (evaluating or saving):
+          continue
+        # Nothing is evaluated or saved before its loss is known to be finite.
+        settle(late)
+        late = None
+        with log.clock.paused():
+          eval_loss = None
+          if evaluating:
+            eval_row = evaluate()
+            eval_loss = eval_row['eval_loss']
+            log.evaluation(done, eval_row)
+            if best is None or eval_loss < best:
+              best, saving = eval_loss, True
+          if saving:
+            save(eval_loss)
+        if stopping:
+          break
+    finally:
+      checkpoints.close()  # completes what is being written
+      train_data.close()
+    if done < config.steps:
+      console.stopped(done, resume)
+      return {'stopped': True, 'steps': done}
+    if not eval_row:  # every step was done before this run began
+      eval_row = evaluate()
+  summary = (
+    info
+    | eval_row
+    | log.rates()
+    | {
+      'stopped': False,
+      'steps': done,
+      'tokens': log.tokens,
+      'seconds': log.clock.seconds,
+      'skipped': int(state.skipped),
+    }
+  )
+  console.summarise(workdir, summary, config, resume)
+  return summary
+
+
+def evaluation(
+  sums: Sequence[dict[str, np.ndarray]], compat: bool
+) -> dict[str, float]:
+  """Means over an evaluation set from the sums of its batches.
+
+  Args:
+    sums: one result of the evaluation step for each batch.
+    compat: also give the value that the published C4 harness prints: the mean
+      of the N batches' means, divided by N + 1 instead of N.
+
+  Returns:
+    eval_loss (nats per token), eval_perplexity, bits_per_byte, eval_tokens
+    and, if asked for, eval_loss_compat.
+
+  Examples:
+    >>> sums = [{'loss': 6.0, 'tokens': 2, 'bytes': 2},
+    ...         {'loss': 2.0, 'tokens': 2, 'bytes': 2}]
+    >>> row = evaluation(sums, compat=True)
+    >>> row['eval_loss'], round(row['eval_loss_compat'], 3)
+    (2.0, 1.333)
+  """
+  loss, tokens, n_bytes = (
+    float(sum(float(s[k]) for s in sums)) for k in ('loss', 'tokens', 'bytes')
+  )
+  row = {
+    'eval_loss': loss / tokens,
+    'eval_perplexity': float(np.exp(loss / tokens)),
+    'bits_per_byte': loss / np.log(2.0) / n_bytes if n_bytes else None,
+    'eval_tokens': int(tokens),
+  }
+  if compat:
+    means = [float(s['loss']) / float(s['tokens']) for s in sums if s['tokens']]
+    row['eval_loss_compat'] = sum(means) / (len(means) + 1)
+  return row
+
+
+def _due(done: int, every: int) -> bool:
+  return bool(every) and done % every == 0
+
+
+class _Log:
+  """Progress bar, clock and metric files of one run."""
+
+  def __init__(self, config, workdir, program, info, done, meta):
+    first = jax.process_index() == 0
+    self.tokens = meta['tokens']
+    self.clock = metrics.Clock(seconds=meta['seconds'])
+    self._every = config.log.every
+    self._last = config.steps
+    self._slots = config.batch_size * config.data.sequence_length
+    self._flops_per_token = info['flops_per_token']
+    self._devices = list(program.layout.mesh.devices.flat)
+    self._rates: list[dict[str, float]] = []
+    self._writer = metrics.MetricWriter(
+      workdir,
+      resume_step=done,
+      tensorboard=config.log.tensorboard,
+      wandb=config.log.wandb or None,
+      active=first,
+      config=config.to_dict(),
+    )
+    self._bar = tqdm.tqdm(
+      total=config.steps,
+      initial=done,
+      unit='step',
+      disable=not first,
+      dynamic_ncols=True,
+      mininterval=0.5 if sys.stderr.isatty() else 30,
+    )
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self._bar.close()
+    self._writer.close()
+
+  def step(self, done: int, on_device: dict[str, jax.Array]) -> dict[str, Any]:
+    """Fetches a step's metrics, which waits for it, and logs them."""
+    row = {k: v.item() for k, v in jax.device_get(on_device).items()}
+    tokens = row.pop('tokens')
+    self.tokens += tokens
+    self.clock.step(tokens)
+    if done % self._every == 0 or done == self._last:
+      self._write(done, row | self._window() | metrics.device_memory())
+    self._bar.set_postfix(loss=f'{row["loss"]:.3f}', refresh=False)
+    self._bar.update()
+    return row
+
+  def evaluation(self, done: int, row: dict[str, Any]) -> None:
+    """Logs an evaluation."""
+    self._write(done, row)
+    text = f'step {done}: validation loss {row["eval_loss"]:.4f}'
+    if row['bits_per_byte'] is not None:
+      text += f', {row["bits_per_byte"]:.4f} bits per byte'
+    if 'eval_loss_compat' in row:
+      text += f' (published harness: {row["eval_loss_compat"]:.4f})'
+    self._bar.write(text, file=sys.stdout)
+
+  def rates(self) -> dict[str, float]:
+    """Medians over the logged windows: without compilation or evaluation."""
+    names = self._rates[0] if self._rates else ()
+    return {n: float(np.median([r[n] for r in self._rates])) for n in names}
+
+  def _window(self):
+    rates = self.clock.rates()
+    if rates:
+      mfu = metrics.model_flops_utilization(
+        self._slots / rates['step_seconds'],
+        self._flops_per_token,
+        self._devices,
+      )
+      if mfu is not None:
+        rates['mfu'] = mfu
+      self._rates.append(rates)
+    return rates
+
+  def _write(self, done, row):
+    now = {'tokens': self.tokens, 'seconds': self.clock.seconds}
+    self._writer.write(done, row | now)

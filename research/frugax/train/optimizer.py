@@ -1,0 +1,213 @@
+"""From the config's names to one optax transformation and its schedule."""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+from frugax import names, optim
+
+_RESERVED = ('name', 'match')  # keys of a group that are no arguments
+
+
+def path_name(path) -> str:
+  """The path of a leaf as text: 'layers/attn/q/kernel'."""
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def _constant(peak, steps, warmup_steps=0, final_fraction=1.0):
+  del steps, final_fraction  # it has no decay to end
+  return _warmup(peak, warmup_steps, optax.constant_schedule(peak))
+
+
+def _linear(peak, steps, warmup_steps=0, final_fraction=0.0):
+  decay = max(steps - warmup_steps, 1)
+  after = optax.linear_schedule(peak, final_fraction * peak, decay)
+  return _warmup(peak, warmup_steps, after)
+
+
+def _cosine(peak, steps, warmup_steps=0, final_fraction=0.1):
+  decay = max(steps - warmup_steps, 1)
+  after = optax.cosine_decay_schedule(peak, decay, final_fraction)
+  return _warmup(peak, warmup_steps, after)
+
+
+def _warmup(peak, steps, after):
+  if not steps:
+    return after
+  rise = optax.linear_schedule(0.0, peak, steps)
+  return optax.join_schedules([rise, after], [steps])
+
+
+SCHEDULES = {'constant': _constant, 'linear': _linear, 'cosine': _cosine}
+
+
+def make_schedule(
+  config: Mapping[str, Any], peak: float, steps: int
+) -> optax.Schedule:
+  """The learning-rate schedule of a config section.
+
+  The warm-up is linear from 0, so the first update is 0; then the named decay
+  until `steps`.
+
+  Args:
+    config: name ('constant', 'linear', 'cosine') and that schedule's arguments
+      (warmup_steps, final_fraction: the last rate over the peak).
+    peak: the highest learning rate.
+    steps: the length of the run.
+
+  Returns:
+    step -> learning rate.
+
+  Raises:
+    ValueError: an unknown name or argument, with the nearest valid one.
+
+  Examples:
+    >>> cosine = {'name': 'cosine', 'warmup_steps': 10}
+    >>> schedule = make_schedule(cosine, 1.0, 110)
+    >>> [round(float(schedule(step)), 3) for step in (0, 5, 10, 60, 110)]
+    [0.0, 0.5, 1.0, 0.55, 0.1]
+  """
+  arguments = dict(config)
+  name = arguments.pop('name')
+  if name not in SCHEDULES:
+    raise names.unknown('schedule', name, SCHEDULES)
+  make = SCHEDULES[name]
+  valid = [a for a in inspect.signature(make).parameters][2:]
+  for argument in arguments:
+    if argument not in valid:
+      raise names.unknown(f'argument of the {name} schedule', argument, valid)
+  return make(peak, steps, **arguments)
+
+
+def find_optimizer(name: str) -> Callable[..., optax.GradientTransformation]:
+  """The optimizer of this name in frugax.optim, optax or optax.contrib.
+
+  Args:
+    name: the name of a function that takes a learning rate.
+
+  Returns:
+    The function.
+
+  Raises:
+    ValueError: there is none, with the nearest valid name.
+
+  Examples:
+    >>> find_optimizer('galore').__module__
+    'frugax.optim.galore'
+    >>> find_optimizer('lion').__module__
+    'optax._src.alias'
+  """
+  modules = (optim, optax, optax.contrib)
+  for module in modules:
+    if _is_optimizer(module, name):
+      return getattr(module, name)
+  valid = {n for m in modules for n in dir(m) if _is_optimizer(m, n)}
+  raise names.unknown('optimizer', name, valid)
+
+
+def _is_optimizer(module, name) -> bool:
+  """An alias takes the learning rate first; parts of chains do not count."""
+  make = getattr(module, name, None)
+  if name.startswith(('_', 'scale_by_')) or not inspect.isfunction(make):
+    return False
+  return next(iter(inspect.signature(make).parameters), '') == 'learning_rate'
+
+
+def make_optimizer(
+  config, params, axes
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """Builds the run's optimizer: one transformation, or one for each group.
+
+  Args:
+    config: the run's config (sections optimizer, groups, schedule; steps,
+      projected, decayed).
+    params: the parameters or their shapes.
+    axes: their logical axis names.
+
+  Returns:
+    The transformation and the schedule of the main group's learning rate.
+
+  Raises:
+    ValueError: an unknown optimizer, argument or schedule, with the nearest
+      valid name; a regular expression that matches no parameter.
+  """
+
+  def build(section):
+    arguments = {k: v for k, v in section.items() if k not in _RESERVED}
+    peak = arguments.pop('learning_rate')
+    schedule = make_schedule(config.schedule, peak, config.steps)
+    make = find_optimizer(section['name'])
+    valid = inspect.signature(make).parameters
+    for argument in arguments:
+      if argument not in valid:
+        raise names.unknown(
+          f'argument of {section["name"]}', argument, set(valid)
+        )
+    arguments = {**_defaults(config, params, axes, valid), **arguments}
+    return make(schedule, **arguments), schedule
+
+  main = config.optimizer.to_dict()
+  tx, schedule = build(main)
+  groups = config.groups.to_dict()
+  if not groups:
+    return tx, schedule
+  labels = jax.tree.map(lambda _: '', params)
+  for label, group in groups.items():
+    if 'match' not in group:
+      raise ValueError(
+        f'groups.{label} has no `match`, the regular expression of its'
+        f' parameters; set --config.groups.{label}.match=REGEX'
+      )
+    matched = _matches(group['match'], params, f'groups.{label}.match')
+    labels = jax.tree.map(
+      lambda hit, old, new=label: new if hit and not old else old,
+      matched,
+      labels,
+    )
+  transforms = {'': tx}
+  for label, group in groups.items():
+    # A group of the main optimizer inherits its arguments, one with another
+    # name only its learning rate.
+    same = group.get('name', main['name']) == main['name']
+    base = main if same else {'learning_rate': main['learning_rate']}
+    transforms[label] = build({**base, **group})[0]
+  return optax.partition(transforms, labels), schedule
+
+
+def _defaults(config, params, axes, valid) -> dict[str, Any]:
+  """What the run knows and the optimizer has an argument for."""
+  arguments = {}
+  if 'mask' in valid:
+    arguments['mask'] = _matches(config.decayed, params, 'decayed')
+  projected = _matches(config.projected, params, 'projected')
+  matrices = jax.tree.map(
+    lambda hit, a: a if hit else None, projected, optim.matrix_axes(axes)
+  )
+  if 'axes' in valid:
+    arguments['axes'] = matrices
+  if 'muon_weight_dimension_numbers' in valid:
+    arguments['muon_weight_dimension_numbers'] = jax.tree.map(
+      lambda a: optax.contrib.MuonDimensionNumbers(a.rows, a.cols), matrices
+    )
+  return arguments
+
+
+def _matches(pattern: str, params, what: str):
+  """Tree of booleans: does the regular expression match the leaf's path?"""
+  try:
+    regex = re.compile(pattern)
+  except re.error as e:
+    raise ValueError(f'{what}={pattern!r} is no regular expression: {e}') from e
+  matched = jax.tree_util.tree_map_with_path(
+    lambda path, _: bool(regex.search(path_name(path))), params
+  )
+  if pattern and not any(jax.tree.leaves(matched)):
+    paths = [path_name(p) for p, _ in jax.tree.leaves_with_path(params)]
+    raise ValueError(
+      f'{what}={pattern!r} matches no parameter; there are: {", ".join(paths)}'
+    )
+  return matched

@@ -1,0 +1,319 @@
+"""The training step: loss, gradient, clipping, update. And the evaluation.
+
+`build` at the end makes the compiled program of a run from its config.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from frugax import optim
+from frugax.models import llama
+from frugax.train import mesh as fx_mesh
+from frugax.train import optimizer as fx_optimizer
+
+Batch = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+  """All that a step changes, and all that a checkpoint must hold of it."""
+
+  step: jax.Array  # completed steps
+  params: Any
+  opt_state: Any
+  key: jax.Array  # source of randomness of every step, folded with `step`
+  skipped: jax.Array  # steps left out because they were not finite
+
+
+def init_state(model, tx, key: jax.Array) -> TrainState:
+  """A fresh state; jit it with `out_shardings` to have it born sharded."""
+  init_key, key = jax.random.split(key)
+  params = model.init(init_key)
+  zero = jnp.zeros([], jnp.int32)
+  return TrainState(zero, params, tx.init(params), key, zero)
+
+
+def token_losses(
+  logits_BxTxV: jax.Array, labels_BxT: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Cross entropy of each token that counts.
+
+  Args:
+    logits_BxTxV: float32 logits.
+    labels_BxT: token ids, -1 where the token does not count.
+
+  Returns:
+    The losses in nats and the log-partitions, 0 where the label is -1, and
+    the mask of the tokens that count, each of shape (B, T).
+  """
+  counts = labels_BxT >= 0
+  lse = jax.nn.logsumexp(logits_BxTxV, axis=-1)
+  label = jnp.maximum(labels_BxT, 0)[..., None]
+  at_label = jnp.take_along_axis(logits_BxTxV, label, axis=-1)[..., 0]
+  return jnp.where(counts, lse - at_label, 0), jnp.where(counts, lse, 0), counts
+
+
+def _forward(model, params, batch):
+  return model.apply(
+    params,
+    batch['tokens'],
+    segment_ids=batch['segment_ids'],
+    positions=batch['positions'],
+  )
+
+
+def make_train_step(
+  model,
+  tx: optax.GradientTransformation,
+  schedule: optax.Schedule | None = None,
+  *,
+  accumulation: int = 1,
+  clip_norm: float = 0.0,
+  z_loss: float = 0.0,
+  skip_nonfinite: bool = False,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+  """Builds the function (state, batch) -> (state, metrics); jit it, donate.
+
+  The gradient is that of sum(loss) / sum(tokens) over the whole batch, however
+  many micro-batches it is summed over, and however many pad tokens each has.
+
+  Args:
+    model: has `apply(params, tokens, segment_ids=, positions=) -> logits`.
+    tx: any optax transformation; it is offered `value` (the loss) and `key`.
+    schedule: step -> learning rate, for the metrics only.
+    accumulation: number of micro-batches; divides the batch.
+    clip_norm: largest global norm of the gradient; 0 leaves it alone.
+    z_loss: weight of mean(logsumexp(logits)^2), which keeps logits small.
+    skip_nonfinite: leave parameters and optimizer state as they were when the
+      loss, the gradient or the update is not finite, and count it.
+
+  Returns:
+    The step. Its metrics are scalars: loss (nats per token, without the
+    z-loss), tokens, learning_rate, grad_norm (before clipping), update_norm,
+    param_norm, skipped.
+
+  Raises:
+    ValueError: accumulation does not divide the batch (when traced).
+
+  References:
+    z-loss: Chowdhery et al., PaLM, https://arxiv.org/abs/2204.02311, 2022.
+  """
+  tx = optax.with_extra_args_support(tx)
+
+  def loss_fn(params, batch, n_tokens):
+    nll, lse, _ = token_losses(_forward(model, params, batch), batch['labels'])
+    loss = jnp.sum(nll) / n_tokens
+    return loss + z_loss * jnp.sum(jnp.square(lse)) / n_tokens, loss
+
+  grad_fn = jax.grad(loss_fn, has_aux=True)
+
+  def gradient(params, batch, n_tokens):
+    if accumulation == 1:
+      return grad_fn(params, batch, n_tokens)
+    rows = batch['tokens'].shape[0]
+    if rows % accumulation:
+      raise ValueError(
+        f'accumulation {accumulation} does not divide the batch of {rows}'
+      )
+
+    # Row i goes to micro-batch i % accumulation: each device cuts its own
+    # rows and none travels.
+    def split(x):
+      x = x.reshape(rows // accumulation, accumulation, *x.shape[1:])
+      return jnp.moveaxis(x, 1, 0)
+
+    def body(total, micro):
+      grads, loss = grad_fn(params, micro, n_tokens)
+      return jax.tree.map(jnp.add, total, (grads, loss)), None
+
+    # Sums in float32 even for bfloat16 parameters.
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    (grads, loss), _ = jax.lax.scan(
+      body, (zeros, jnp.zeros([])), jax.tree.map(split, batch)
+    )
+    return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), loss
+
+  def train_step(state: TrainState, batch: Batch):
+    tokens = jnp.sum(batch['labels'] >= 0)
+    n_tokens = jnp.maximum(tokens, 1).astype(jnp.float32)
+    grads, loss = gradient(state.params, batch, n_tokens)
+    grad_norm = optax.tree.norm(grads)
+    if clip_norm:
+      factor = jnp.minimum(1.0, clip_norm / jnp.maximum(grad_norm, 1e-30))
+      grads = jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)
+    updates, opt_state = tx.update(
+      grads,
+      state.opt_state,
+      state.params,
+      value=loss,
+      key=jax.random.fold_in(state.key, state.step),
+    )
+    params = optax.apply_updates(state.params, updates)
+    update_norm = optax.tree.norm(updates)
+    skipped = state.skipped
+    if skip_nonfinite:
+      finite = jnp.isfinite(loss + grad_norm + update_norm)
+      params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, opt_state),
+        (state.params, state.opt_state),
+      )
+      skipped = skipped + jnp.where(finite, 0, 1)
+    metrics = {
+      'loss': loss,
+      'tokens': tokens,
+      'grad_norm': grad_norm,
+      'update_norm': update_norm,
+      'param_norm': optax.tree.norm(params),
+      'skipped': skipped,
+    }
+    if schedule is not None:
+      metrics['learning_rate'] = schedule(state.step)
+    state = TrainState(state.step + 1, params, opt_state, state.key, skipped)
+    return state, metrics
+
+  return train_step
+
+
+def make_eval_step(
+  model, bytes_per_id: np.ndarray
+) -> Callable[[Any, Batch], dict[str, jax.Array]]:
+  """Builds (params, batch) -> float32 sums of loss, tokens and text bytes.
+
+  Args:
+    model: as in `make_train_step`.
+    bytes_per_id: UTF-8 bytes that each token id stands for, shape (V,).
+
+  Returns:
+    The function. Sums, not means, so that batches with few real tokens do not
+    weigh as much as full ones.
+  """
+
+  def eval_step(params, batch):
+    labels = batch['labels']
+    nll, _, counts = token_losses(_forward(model, params, batch), labels)
+    n_bytes = jnp.take(
+      jnp.asarray(bytes_per_id), jnp.maximum(labels, 0), axis=0
+    )
+    return {
+      'loss': jnp.sum(nll),
+      'tokens': jnp.sum(counts),
+      'bytes': jnp.sum(jnp.where(counts, n_bytes, 0)),
+    }
+
+  return eval_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What a config compiles to on a mesh, before any data or state exists.
+
+  Attributes:
+    layout: the mesh and its rules.
+    model: the model.
+    tx: the optimizer.
+    shapes: the parameters' ShapeDtypeStructs.
+    shardings: a `TrainState` of shardings.
+    init: key -> TrainState, jitted.
+    train_step: (state, batch) -> (state, metrics), jitted; donates the state.
+  """
+
+  layout: fx_mesh.Layout
+  model: llama.Llama
+  tx: optax.GradientTransformation
+  shapes: Any
+  shardings: TrainState
+  init: Callable[[jax.Array], TrainState]
+  train_step: Callable[[TrainState, Batch], tuple[TrainState, Any]]
+
+  def abstract_state(self) -> TrainState:
+    """ShapeDtypeStructs of the state, with shardings."""
+    return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      jax.eval_shape(self.init, jax.random.PRNGKey(0)),
+      self.shardings,
+    )
+
+  def put(self, batch) -> Batch:
+    """This host's rows of a batch as global, sharded arrays."""
+
+    def place(x):
+      shape = (x.shape[0] * jax.process_count(), *x.shape[1:])
+      sharding = self.layout.sharding(('batch', 'sequence'), shape)
+      return jax.make_array_from_process_local_data(sharding, x, shape)
+
+    return jax.tree.map(place, batch)
+
+
+def build(config, devices: Sequence[jax.Device] | None = None) -> Program:
+  """Makes the program of a run. Nothing is compiled or allocated yet.
+
+  Args:
+    config: the run's config; data, eval, checkpoint and log are not used.
+    devices: the devices of the mesh, described ones included; default all.
+
+  Returns:
+    The program.
+
+  Raises:
+    ValueError: a config that cannot run.
+  """
+  layout = fx_mesh.make_layout(config.mesh, devices)
+  for name in ('steps', 'batch_size', 'accumulation'):
+    if config[name] < 1:
+      raise ValueError(f'{name} must be 1 or more, got {config[name]}')
+  for name in ('clip_norm', 'z_loss'):
+    if config[name] < 0:
+      raise ValueError(f'{name} must be 0 (off) or more, got {config[name]}')
+  if config.batch_size % config.accumulation:
+    raise ValueError(
+      f'accumulation {config.accumulation} does not divide batch_size'
+      f' {config.batch_size}'
+    )
+  layout.check_batch(
+    config.batch_size // config.accumulation,
+    config.data.sequence_length,
+    'a micro-batch (batch_size / accumulation)',
+  )
+  fields = config.model.to_dict()
+  model = llama.Llama(
+    llama.config(fields.pop('size'), **fields), constrain=layout.constrain
+  )
+  shapes = jax.eval_shape(model.init, jax.random.PRNGKey(0))
+  tx, schedule = fx_optimizer.make_optimizer(config, shapes, model.axes())
+  params = layout.tree(model.axes(), shapes)
+  whole = layout.replicated()
+  shardings = TrainState(
+    step=whole,
+    params=params,
+    opt_state=optim.state_shardings(tx, shapes, params),
+    key=whole,
+    skipped=whole,
+  )
+  train_step = make_train_step(
+    model,
+    tx,
+    schedule,
+    accumulation=config.accumulation,
+    clip_norm=config.clip_norm,
+    z_loss=config.z_loss,
+    skip_nonfinite=config.skip_nonfinite,
+  )
+  return Program(
+    layout=layout,
+    model=model,
+    tx=tx,
+    shapes=shapes,
+    shardings=shardings,
+    init=jax.jit(
+      lambda key: init_state(model, tx, key), out_shardings=shardings
+    ),
+    train_step=jax.jit(
+      train_step, donate_argnums=0, out_shardings=(shardings, whole)
+    ),
+  )

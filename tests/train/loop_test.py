@@ -1,0 +1,242 @@
+"""Whole runs: what they write, how they stop, and that they resume exactly."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from frugax.train import __main__ as cli
+from frugax.train import loop, signals
+
+_EXACT = ('loss', 'grad_norm', 'update_norm', 'param_norm', 'learning_rate')
+
+
+def _rows(workdir, key='loss'):
+  text = (pathlib.Path(workdir) / 'metrics.jsonl').read_text()
+  rows = [json.loads(line) for line in text.splitlines()]
+  return {row['step']: row for row in rows if key in row}
+
+
+def _assert_same_steps(got, want):
+  assert list(got) == list(want)
+  for n in want:
+    for key in (*_EXACT, 'tokens'):
+      assert got[n][key] == want[n][key], (n, key)
+
+
+def _stop_at(monkeypatch, step):
+  """As if SIGTERM arrived during this step."""
+  monkeypatch.setattr(
+    signals.StopSignal, 'requested', lambda _, done: done == step
+  )
+
+
+def test_a_run_writes_what_it_promises(make_config, tmp_path, capsys):
+  config = make_config(mesh='data=1', eval__every=2, log__tensorboard='true')
+  devices = jax.devices()[:1]
+  summary = loop.train(
+    config, tmp_path, command=['run', 'x y'], devices=devices
+  )
+  rows = _rows(tmp_path)
+  assert list(rows) == [1, 2, 3, 4, 5, 6]
+  assert all(np.isfinite(row['loss']) for row in rows.values())
+  assert rows[1]['learning_rate'] == 0 and rows[3]['learning_rate'] > 0
+  assert rows[6]['tokens'] == sum(  # counted labels only, summed up
+    b['tokens'] - a.get('tokens', 0)
+    for a, b in zip([{}, *rows.values()], rows.values(), strict=False)
+  )
+  assert rows[6]['tokens'] <= 6 * 8 * 32
+  assert list(_rows(tmp_path, 'eval_loss')) == [2, 4, 6]
+  assert summary == json.loads((tmp_path / 'summary.json').read_text())
+  assert summary['eval_tokens'] == 500 and summary['steps'] == 6
+  # Every token of the byte-level text is a byte or the end of a document.
+  nats = summary['eval_loss'] * summary['eval_tokens']
+  n_bytes = nats / np.log(2) / summary['bits_per_byte']
+  assert 480 <= round(n_bytes) < 500
+  assert summary['optimizer_state_bytes'] < summary['adam_state_bytes']
+  assert json.loads((tmp_path / 'config.json').read_text())['steps'] == 6
+  assert any((tmp_path / 'tensorboard').iterdir())
+  printed = capsys.readouterr().out
+  assert "run 'x y' --config.steps=12" in printed
+  assert f'{summary["eval_loss"]:.4f}' in printed
+  # Once more: nothing is left to train, the result is the same.
+  again = loop.train(config, tmp_path, command=['run'], devices=devices)
+  assert again['eval_loss'] == summary['eval_loss']
+  assert _rows(tmp_path) == rows
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'mesh', 'overrides'),
+  [
+    ('size=tiny,opt=galore', 'data=1', {'accumulation': 4}),
+    ('size=tiny,opt=galore', 'fsdp=2,tensor=2,context=2', {'accumulation': 4}),
+    (
+      'size=tiny,opt=adamw,matmul=bf16',
+      'data=2,fsdp=4',
+      {'model__param_dtype': 'bfloat16', 'data__num_workers': 1},
+    ),
+    ('size=tiny,opt=adafactor', 'data=1', {'data__mode': 'c4_protocol'}),
+  ],
+  ids=str,
+)
+def test_resuming_equals_running_on_bit_for_bit(
+  arguments, mesh, overrides, make_config, tmp_path, monkeypatch
+):
+  config = make_config(arguments, mesh=mesh, **overrides)
+  devices = jax.devices()[: 1 if mesh == 'data=1' else 8]
+  whole = loop.train(config, tmp_path / 'whole', devices=devices)
+  for stop in (2, 5):  # twice, the second time from a resumed run
+    _stop_at(monkeypatch, stop)
+    part = loop.train(config, tmp_path / 'parts', devices=devices)
+    assert part == {'stopped': True, 'steps': stop}
+  monkeypatch.undo()
+  parts = loop.train(config, tmp_path / 'parts', devices=devices)
+  _assert_same_steps(_rows(tmp_path / 'parts'), _rows(tmp_path / 'whole'))
+  assert parts['eval_loss'] == whole['eval_loss']
+  assert parts['tokens'] == whole['tokens']
+
+
+def test_a_checkpoint_restores_onto_another_mesh(
+  make_config, tmp_path, monkeypatch
+):
+  whole = loop.train(make_config(mesh='fsdp=8'), tmp_path / 'whole')
+  _stop_at(monkeypatch, 3)
+  loop.train(make_config(mesh='fsdp=8'), tmp_path / 'moved')
+  monkeypatch.undo()
+  moved = loop.train(make_config(mesh='data=2,tensor=4'), tmp_path / 'moved')
+  np.testing.assert_allclose(moved['eval_loss'], whole['eval_loss'], rtol=1e-5)
+
+
+def _start(argv, n_devices, log):
+  flags = f'--xla_force_host_platform_device_count={n_devices}'
+  return subprocess.Popen(
+    [sys.executable, '-m', 'frugax.train', *argv],
+    env={**os.environ, 'XLA_FLAGS': flags},
+    stdout=log,
+    stderr=subprocess.STDOUT,
+  )
+
+
+def _wait_for_step(workdir, step, process):
+  deadline = time.monotonic() + 300
+  while time.monotonic() < deadline and process.poll() is None:
+    try:
+      if max(_rows(workdir), default=0) >= step:
+        return
+    except (FileNotFoundError, json.JSONDecodeError):
+      pass  # not yet there, or a line half written
+    time.sleep(0.02)
+  pytest.fail(f'no step {step}; exit code {process.poll()}')
+
+
+@pytest.mark.parametrize('n_devices', [1, 8])
+def test_kill_9_then_sigterm_then_resume_is_bit_for_bit(
+  n_devices, command_line, tmp_path
+):
+  steps = {'steps': 200, 'accumulation': 2, 'mesh': 'fsdp=-1', 'batch_size': 16}
+
+  def argv(name):
+    return command_line(tmp_path / name, checkpoint__every=10, **steps)
+
+  with open(tmp_path / 'log', 'w', encoding='utf-8') as log:
+    whole = _start(argv('whole'), n_devices, log)
+    assert whole.wait(timeout=300) == 0
+    part = _start(argv('part'), n_devices, log)
+    _wait_for_step(tmp_path / 'part', 25, part)
+    part.send_signal(signal.SIGKILL)
+    part.wait()
+    # A checkpoint that the kill might have left half written.
+    checkpoints = tmp_path / 'part' / 'checkpoints'
+    half = checkpoints / '199.orbax-checkpoint-tmp'
+    half.mkdir()
+    (half / 'state').write_text('half')
+    kept = max(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
+    assert kept < 50
+    part = _start(argv('part'), n_devices, log)
+    # Beyond the rows that the killed run left.
+    _wait_for_step(tmp_path / 'part', 60, part)
+    part.send_signal(signal.SIGTERM)
+    assert part.wait(timeout=120) == 0
+    assert not (tmp_path / 'part' / 'summary.json').exists()
+    assert _start(argv('part'), n_devices, log).wait(timeout=300) == 0
+  text = (tmp_path / 'log').read_text()
+  assert f'resuming from the checkpoint at step {kept}' in text
+  assert 'stopped by a signal; saved at step' in text
+  _assert_same_steps(_rows(tmp_path / 'part'), _rows(tmp_path / 'whole'))
+
+
+def test_nonfinite_loss_stops_and_says_how_to_go_on(
+  command_line, tmp_path, capsys
+):
+  argv = command_line(
+    tmp_path,
+    'size=tiny,opt=sgd',
+    optimizer__learning_rate=1e30,
+    clip_norm=0,
+    mesh='fsdp=8',
+    checkpoint__every=1,
+  )
+  assert cli.main(argv) == 1
+  error = capsys.readouterr().err
+  rows = _rows(tmp_path)
+  bad = max(rows)
+  assert f'step {bad} is not finite: loss' in error
+  # The last good state is on disk, the bad one is not.
+  assert np.isfinite(rows[bad - 1]['loss'])
+  kept = [p.name for p in (tmp_path / 'checkpoints').iterdir()]
+  assert str(bad - 1) in kept and str(bad) not in kept
+  assert f'The last good checkpoint is step {bad - 1}' in error
+  # The way out that the message gives works.
+  assert cli.main([*argv, '--config.skip_nonfinite=true']) == 0
+  summary = json.loads((tmp_path / 'summary.json').read_text())
+  assert summary['skipped'] >= 1 and np.isfinite(summary['eval_loss'])
+
+
+def test_compat_eval_prints_the_published_value(make_config, tmp_path):
+  config = make_config(mesh='fsdp=8', eval__compat=True, steps=2)
+  summary = loop.train(config, tmp_path)
+  plain, compat = summary['eval_loss'], summary['eval_loss_compat']
+  # 500 tokens are at least two batches of 8 x 32 and at most three.
+  assert any(abs(compat - plain * n / (n + 1)) < 0.05 * plain for n in (2, 3))
+  assert compat < plain
+  assert _rows(tmp_path, 'eval_loss_compat')
+
+
+def test_another_models_checkpoint_is_refused(
+  make_config, tmp_path, monkeypatch
+):
+  _stop_at(monkeypatch, 1)
+  loop.train(make_config(mesh='fsdp=8'), tmp_path)
+  with pytest.raises(ValueError, match='of another model or optimizer: '):
+    loop.train(make_config(mesh='fsdp=8', model__ffn=48), tmp_path)
+  with pytest.raises(ValueError, match='of another model or optimizer: '):
+    loop.train(make_config('size=tiny,opt=adamw', mesh='fsdp=8'), tmp_path)
+
+
+def test_the_best_checkpoint_is_kept(make_config, tmp_path, monkeypatch):
+  losses = iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0])
+
+  def evaluation(sums, compat):
+    del sums, compat
+    return {'eval_loss': next(losses), 'bits_per_byte': 1.0, 'eval_tokens': 1}
+
+  monkeypatch.setattr(loop, 'evaluation', evaluation)
+  config = make_config(
+    mesh='fsdp=8', eval__every=1, checkpoint__every=1, checkpoint__keep=2
+  )
+  loop.train(config, tmp_path)
+  kept = {p.name for p in (tmp_path / 'checkpoints').iterdir() if p.is_dir()}
+  assert kept == {'2', '5', '6'}
+
+
+def test_a_data_set_that_ends_is_one_error(make_config, tmp_path):
+  config = make_config(mesh='fsdp=8', data__repeat=False, steps=10_000)
+  with pytest.raises(ValueError, match='the data ended after'):
+    loop.train(config, tmp_path)

@@ -1,0 +1,197 @@
+"""The step against hand-made gradients, in float64 where it counts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from frugax.train import step
+
+
+class Bigram:
+  """logits[t] = w[token[t]]; token 7 makes them not a number."""
+
+  def init(self, key):
+    return {'w': jax.random.normal(key, (8, 8))}
+
+  def apply(self, params, tokens, *, segment_ids, positions):
+    del segment_ids, positions
+    logits = params['w'][tokens]
+    return logits * jnp.where(tokens == 7, jnp.nan, 1)[..., None]
+
+
+def _batch(rows=8, length=6, seed=0, pad=0.4):
+  draw = np.random.default_rng(seed)
+  tokens = draw.integers(0, 7, (rows, length)).astype(np.int32)
+  labels = draw.integers(0, 8, (rows, length)).astype(np.int32)
+  # Rows with very different numbers of tokens that count.
+  labels[draw.random((rows, length)) < pad * 2 * draw.random((rows, 1))] = -1
+  ones = np.ones_like(tokens)
+  return dict(tokens=tokens, labels=labels, segment_ids=ones, positions=ones)
+
+
+def _truth(w, batch, z_loss=0.0):
+  """Loss and gradient in float64 numpy."""
+  w = np.asarray(w, np.float64)
+  total, grad, n = 0.0, np.zeros_like(w), (batch['labels'] >= 0).sum()
+  for t, y in zip(batch['tokens'].flat, batch['labels'].flat, strict=True):
+    if y < 0:
+      continue
+    lse = np.log(np.exp(w[t]).sum())
+    p = np.exp(w[t] - lse)
+    total += lse - w[t, y]
+    grad[t] += p * (1 + 2 * z_loss * lse)
+    grad[t, y] -= 1
+  return total / n, grad / n
+
+
+def _run(batch, lr=1.0, steps=1, tx=None, **kw):
+  model = Bigram()
+  tx = tx or optax.sgd(lr)
+  state = step.init_state(model, tx, jax.random.PRNGKey(1))
+  w = np.asarray(state.params['w'])
+  run = jax.jit(step.make_train_step(model, tx, **kw))
+  for _ in range(steps):
+    state, metrics = run(state, batch)
+  return w, state, metrics
+
+
+@pytest.mark.parametrize('accumulation', [1, 2, 4, 8])
+def test_gradient_is_token_weighted_and_exact(accumulation):
+  batch = _batch()
+  w, state, metrics = _run(batch, accumulation=accumulation)
+  loss, grad = _truth(w, batch)
+  np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-6)
+  np.testing.assert_allclose(w - state.params['w'], grad, atol=3e-7)
+  assert int(metrics['tokens']) == (batch['labels'] >= 0).sum()
+  np.testing.assert_allclose(
+    metrics['grad_norm'], np.linalg.norm(grad), rtol=1e-5
+  )
+
+
+def test_z_loss_adds_its_gradient_but_not_to_the_logged_loss():
+  batch = _batch()
+  w, state, metrics = _run(batch, z_loss=0.1)
+  loss, grad = _truth(w, batch, z_loss=0.1)
+  np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-6)
+  np.testing.assert_allclose(w - state.params['w'], grad, atol=5e-7)
+
+
+def test_clipping_bounds_the_global_norm():
+  batch = _batch()
+  w, state, metrics = _run(batch, clip_norm=0.01)
+  _, grad = _truth(w, batch)
+  want = grad * 0.01 / np.linalg.norm(grad)
+  np.testing.assert_allclose(w - state.params['w'], want, atol=2e-7)
+  np.testing.assert_allclose(metrics['update_norm'], 0.01, rtol=1e-5)
+  np.testing.assert_allclose(
+    metrics['grad_norm'], np.linalg.norm(grad), rtol=1e-5
+  )
+  w, state, _ = _run(batch, clip_norm=1e6)
+  np.testing.assert_allclose(w - state.params['w'], grad, atol=3e-7)
+
+
+def test_batch_without_tokens_changes_nothing():
+  batch = _batch()
+  batch['labels'][:] = -1
+  w, state, metrics = _run(batch)
+  assert float(metrics['loss']) == 0 and int(metrics['tokens']) == 0
+  np.testing.assert_array_equal(w, state.params['w'])
+
+
+def test_nonfinite_step_is_skipped_and_counted():
+  bad = _batch()
+  bad['tokens'][0, 0], bad['labels'][0, 0] = 7, 3
+  tx = optax.adam(0.1)
+  w, state, metrics = _run(bad, tx=tx, steps=3, skip_nonfinite=True)
+  assert int(state.skipped) == 3 and int(state.step) == 3
+  assert not np.isfinite(metrics['loss'])
+  np.testing.assert_array_equal(w, state.params['w'])
+  np.testing.assert_array_equal(state.opt_state[0].mu['w'], 0)
+  assert int(state.opt_state[0].count) == 0
+  # Without the option the parameters are lost.
+  _, state, _ = _run(bad, tx=tx)
+  assert not np.isfinite(state.params['w']).all()
+
+
+def test_bfloat16_parameters_accumulate_in_float32():
+  class HalfBigram(Bigram):
+    def init(self, key):
+      return {'w': super().init(key)['w'].astype(jnp.bfloat16)}
+
+    def apply(self, params, tokens, **kw):
+      return super().apply({'w': params['w'].astype(jnp.float32)}, tokens, **kw)
+
+  batch, tx = _batch(rows=64), optax.sgd(1.0)
+  grads = []
+  for accumulation in (1, 64):
+    model = HalfBigram()
+    state = step.init_state(model, tx, jax.random.PRNGKey(1))
+    run = step.make_train_step(model, tx, accumulation=accumulation)
+    _, metrics = run(state, batch)
+    grads.append(float(metrics['grad_norm']))
+  assert abs(grads[0] / grads[1] - 1) < 2e-3  # bf16 sums of 64 would lose more
+
+
+def test_losses_against_float64():
+  draw = np.random.default_rng(0)
+  logits = draw.normal(size=(3, 5, 11)) * 5
+  labels = draw.integers(-1, 11, (3, 5))
+  nll, lse, counts = step.token_losses(
+    jnp.asarray(logits, jnp.float32), jnp.asarray(labels)
+  )
+  want = np.log(np.exp(logits).sum(-1))
+  at = np.take_along_axis(logits, np.maximum(labels, 0)[..., None], -1)[..., 0]
+  mask = labels >= 0
+  np.testing.assert_array_equal(counts, mask)
+  np.testing.assert_allclose(nll, np.where(mask, want - at, 0), atol=2e-6)
+  np.testing.assert_allclose(lse, np.where(mask, want, 0), rtol=1e-6)
+
+
+def test_eval_step_sums(make_config):
+  batch = _batch()
+  params = Bigram().init(jax.random.PRNGKey(0))
+  size = jnp.array([0, 1, 1, 1, 2, 1, 1, 1])
+  sums = jax.jit(step.make_eval_step(Bigram(), size))(params, batch)
+  counted = batch['labels'][batch['labels'] >= 0]
+  loss, _ = _truth(params['w'], batch)
+  np.testing.assert_allclose(sums['loss'], loss * len(counted), rtol=1e-6)
+  assert int(sums['tokens']) == len(counted)
+  assert int(sums['bytes']) == np.asarray(size)[counted].sum()
+
+
+@pytest.mark.parametrize(
+  ('overrides', 'message'),
+  [
+    ({'steps': 0}, 'steps must be 1 or more, got 0'),
+    ({'accumulation': 3}, 'accumulation 3 does not divide batch_size 8'),
+    ({'clip_norm': -1}, 'clip_norm must be 0 (off) or more'),
+    ({'model__size': 'tinny'}, "did you mean 'tiny'?"),
+    ({'model__n_layer': 3}, "did you mean 'n_layers'?"),
+    ({'model__remat': 'all'}, "'all'"),
+    ({'optimizer__name': 'galor'}, "did you mean 'galore'?"),
+    ({'optimizer__rnk': 3}, "did you mean 'rank'?"),
+    ({'schedule__name': 'cosin'}, "did you mean 'cosine'?"),
+    ({'schedule__warmup': 3}, "did you mean 'warmup_steps'?"),
+    ({'projected': 'attention/'}, 'matches no parameter; there are: embed/'),
+    ({'decayed': '('}, 'is no regular expression'),
+    ({'groups__head__name': 'adamw'}, 'groups.head has no `match`'),
+  ],
+)
+def test_bad_configs_fail_before_compilation(overrides, message, make_config):
+  with pytest.raises(ValueError) as e:
+    step.build(make_config(mesh='data=-1', **overrides))
+  assert message in str(e.value)
+
+
+def test_state_is_donated(make_config):
+  config = make_config(mesh='data=1')
+  program = step.build(config, jax.devices()[:1])
+  state = program.init(jax.random.PRNGKey(0))
+  shape = (config.batch_size, config.data.sequence_length)
+  batch = {k: np.ones(shape, np.int32) for k in _batch()}
+  old = jax.tree.leaves((state.params, state.opt_state))
+  with jax.set_mesh(program.layout.mesh):
+    program.train_step(state, program.put(batch))
+  assert all(x.is_deleted() for x in old)

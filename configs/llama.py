@@ -21,7 +21,7 @@ from frugax import config as fx_config
 
 # size: steps, warm-up, GaLore's rank, batch size
 _SCHEDULES = {
-  'tiny': (950, 60, 32, 16),
+  'tiny': (600, 50, 32, 16),
   '10m': (10_000, 1_000, 64, 512),
   '60m': (10_000, 1_000, 128, 512),
   '130m': (20_000, 2_000, 256, 512),

@@ -10,7 +10,7 @@ a tenth, no packing), from a prepared TFDS directory of C4 and a SentencePiece
 or Hugging Face tokenizer file. Not run by us yet at these sizes; the published
 perplexities are 34.06 / 25.08 / 18.80 / 15.56 (Adam) and 34.88 / 25.36 / 18.95
 / 15.64 (GaLore) for 60m / 130m / 350m / 1b (Zhao et al., arXiv 2403.03507).
-  python -m frugax.train --workdir=gs://BUCKET/RUN \
+  python -m frugax.train --workdir=runs/60m \
     --config=configs/llama.py:size=60m,opt=galore,data=c4 \
     --config.data.data_dir=DIR_OF_c4_en --config.data.tokenizer=spiece.model
 """
@@ -72,6 +72,7 @@ def get_config(arg=None):
   c.mesh = 'fsdp=-1'  # data, fsdp, tensor, context; -1: all that is left
   c.clip_norm = 1.0  # global norm of the gradient; 0: no clipping
   c.z_loss = 0.0
+  c.compat_eval = False  # also log the published harness's N/(N+1) value
   c.skip_nonfinite = False  # leave out steps whose loss is not finite
 
   c.model = ConfigDict()  # open: any field of LlamaConfig
@@ -109,6 +110,7 @@ def get_config(arg=None):
   c.data.mode = 'packed' if args.data == 'stdlib' else 'c4_protocol'
   c.data.sequence_length = 256
   c.data.seed = 0
+  c.data.shuffle_rows = 4096 if args.data == 'stdlib' else 0  # see DataConfig
   c.data.num_workers = 0  # processes that read and tokenize; 0: this one
   c.data.repeat = True  # go through the data again and again
 
@@ -116,7 +118,6 @@ def get_config(arg=None):
   c.eval.every = 200 if tiny else 1000  # steps; 0: only at the end
   c.eval.tokens = 100_000 if tiny else 10_000_000
   c.eval.batch_size = batch_size
-  c.eval.compat = False  # also log the published harness's N/(N+1) value
 
   c.checkpoint = ConfigDict()
   c.checkpoint.every = 200 if tiny else 1000

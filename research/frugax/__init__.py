@@ -8,14 +8,14 @@ import importlib
 
 __version__ = '0.1.0'
 
-_SUBPACKAGES = ('config', 'models', 'optim', 'report', 'train')
+__all__ = ['config', 'models', 'optim', 'report', 'train']
 
 
 def __getattr__(name):
-  if name in _SUBPACKAGES:
+  if name in __all__:
     return importlib.import_module(f'frugax.{name}')
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
 def __dir__():
-  return [*globals(), *_SUBPACKAGES]
+  return [*globals(), *__all__]

@@ -57,6 +57,7 @@ def cfg(data_dir):
       name='tiny', data_dir=data_dir, train_split='train',
       eval_split='validation', text_field='text', mode='packed',
       sequence_length=LENGTH, seed=0, num_workers=0, repeat=True,
+      shuffle_rows=0,
     )
   )  # fmt: skip
 
@@ -191,9 +192,11 @@ def test_training_sees_every_document_once_an_epoch(cfg):
   assert seen != TRAIN
 
 
-@pytest.mark.parametrize('mode', ['packed', 'c4_protocol'])
-def test_resumes_exactly_at_every_step(cfg, mode):
-  cfg.mode = mode
+@pytest.mark.parametrize(
+  ('mode', 'shuffle_rows'), [('packed', 0), ('packed', 7), ('c4_protocol', 0)]
+)
+def test_resumes_exactly_at_every_step(cfg, mode, shuffle_rows):
+  cfg.mode, cfg.shuffle_rows = mode, shuffle_rows
   n = 60  # more than an epoch
   batches = data.train_batches(cfg, TOK, batch_size=2)
   states, expected = [], []
@@ -203,6 +206,21 @@ def test_resumes_exactly_at_every_step(cfg, mode):
   batches.close()
   for k, state in enumerate(states[:-2]):
     assert_same(take(cfg, 3, state=state), expected[k : k + 3])
+
+
+def test_shuffled_rows_are_the_same_rows(cfg):
+  cfg.repeat = False
+
+  def rows():
+    batches = take(cfg, None, batch_size=1)
+    return [tuple(b[key].ravel().tolist()) for b in batches for key in FEATURES]
+
+  plain = rows()
+  cfg.shuffle_rows = 10
+  shuffled = rows()
+  assert shuffled != plain and sorted(shuffled) == sorted(plain)
+  cfg.shuffle_rows = 10_000  # more than there are
+  assert sorted(rows()) == sorted(plain)
 
 
 def test_going_back_in_the_same_iterator(cfg):

@@ -61,6 +61,9 @@ def announce(
     f'model      llama {config.model.size}, {info["parameters"]:,} parameters'
   )
   print(f'optimizer  {_state_line(info)}')
+  categories = info['optimizer_state_bytes_by_category'].items()
+  parts = [f'{k} {v:,}' for k, v in categories if v and k != 'total']
+  print(f'           ({", ".join(parts)})')
   print(
     f'data       {config.data.name},'
     f' {config.data.mode}, {slots:,} tokens a step'

@@ -3,7 +3,7 @@
 Documents are read, shuffled, tokenized, packed into rows and batched by grain,
 which no other file imports:
 
-    source, shuffle, this host's share, repeat, tokenize, rows, batch
+    source, shuffle, this host's share, repeat, tokenize, rows, shuffle, batch
 
 The state of the whole pipeline is the index of the next document, and in packed
 mode how much of the current one is already used, so that a checkpoint holds a
@@ -53,6 +53,9 @@ class DataConfig:
       'c4_protocol' makes each document one row, truncated or padded.
     sequence_length: tokens per row.
     seed: of the shuffle; every epoch has its own order.
+    shuffle_rows: shuffle rows too, among this many at a time: the rows of a
+      long document follow each other and would fill whole batches. 0 keeps the
+      documents' order.
     num_workers: processes that read and tokenize; 0 does it in this one. The
       batches are the same for every number.
     repeat: go through the data again and again; False stops after one epoch.
@@ -66,6 +69,7 @@ class DataConfig:
   mode: str = 'packed'
   sequence_length: int = 256
   seed: int = 0
+  shuffle_rows: int = 0
   num_workers: int = 0
   repeat: bool = True
 
@@ -162,8 +166,9 @@ def train_batches(
       f'split {cfg.train_split!r} of {cfg.name!r} has {len(source)} documents '
       f'for {process_count} hosts: each needs at least one'
     )
-  if cfg.num_workers < 0:
-    raise ValueError(f'num_workers must be 0 or more, got {cfg.num_workers}')
+  for name in ('num_workers', 'shuffle_rows'):
+    if getattr(cfg, name) < 0:
+      raise ValueError(f'{name} must be 0 or more, got {getattr(cfg, name)}')
   documents = (
     grain.MapDataset.source(source)
     .seed(cfg.seed)
@@ -173,6 +178,10 @@ def train_batches(
     .map(_document_function(cfg, tok))
   )
   dataset = _rows(cfg, tok, _stream(documents, cfg.num_workers))
+  if cfg.shuffle_rows:
+    dataset = grain.experimental.WindowShuffleIterDataset(
+      dataset, window_size=cfg.shuffle_rows, seed=cfg.seed
+    )
   dataset = dataset.batch(rows, drop_remainder=True)
   # A thread keeps batches ready and remembers the state that goes with each.
   dataset = grain.experimental.ThreadPrefetchIterDataset(

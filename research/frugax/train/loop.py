@@ -2,15 +2,20 @@
 
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 
-from frugax.train import checkpoint, console, data, metrics, step, tokenizer
+from frugax.train import (
+  checkpoint,
+  console,
+  data,
+  progress,
+  step,
+  tokenizer,
+)
 from frugax.train.signals import StopSignal
 
 
@@ -85,7 +90,7 @@ def _train(config, workdir, stop, command, devices):
     )
   info = console.describe(config, program)
   console.announce(config, workdir, info, done, meta.get('config'))
-  log = _Log(config, workdir, program, info, done, meta)
+  log = progress.Progress(config, workdir, program, info, done, meta)
   best, eval_row = meta['best'], {}
   resume = shlex.join(command)
 
@@ -96,8 +101,7 @@ def _train(config, workdir, stop, command, devices):
 
   def settle(step_and_metrics):
     row = log.step(*step_and_metrics)
-    finite = np.isfinite([row['loss'], row['grad_norm'], row['update_norm']])
-    if not (finite.all() or config.skip_nonfinite):
+    if not (progress.finite(row) or config.skip_nonfinite):
       checkpoints.wait()
       kept = checkpoints.latest_step()
       at = step_and_metrics[0]
@@ -105,7 +109,7 @@ def _train(config, workdir, stop, command, devices):
 
   def evaluate():
     sums = [eval_step(state.params, program.put(b)) for b in eval_data]
-    return evaluation(jax.device_get(sums), config.eval.compat)
+    return evaluation(jax.device_get(sums), config.compat_eval)
 
   with jax.set_mesh(program.layout.mesh), log:
     try:
@@ -207,85 +211,3 @@ def evaluation(
 
 def _due(done: int, every: int) -> bool:
   return bool(every) and done % every == 0
-
-
-class _Log:
-  """Progress bar, clock and metric files of one run."""
-
-  def __init__(self, config, workdir, program, info, done, meta):
-    first = jax.process_index() == 0
-    self.tokens = meta['tokens']
-    self.clock = metrics.Clock(seconds=meta['seconds'])
-    self._every = config.log.every
-    self._last = config.steps
-    self._slots = config.batch_size * config.data.sequence_length
-    self._flops_per_token = info['flops_per_token']
-    self._devices = list(program.layout.mesh.devices.flat)
-    self._rates: list[dict[str, float]] = []
-    self._writer = metrics.MetricWriter(
-      workdir,
-      resume_step=done,
-      tensorboard=config.log.tensorboard,
-      wandb=config.log.wandb or None,
-      active=first,
-      config=config.to_dict(),
-    )
-    self._bar = tqdm.tqdm(
-      total=config.steps,
-      initial=done,
-      unit='step',
-      disable=not first,
-      dynamic_ncols=True,
-      mininterval=0.5 if sys.stderr.isatty() else 30,
-    )
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *_):
-    self._bar.close()
-    self._writer.close()
-
-  def step(self, done: int, on_device: dict[str, jax.Array]) -> dict[str, Any]:
-    """Fetches a step's metrics, which waits for it, and logs them."""
-    row = {k: v.item() for k, v in jax.device_get(on_device).items()}
-    tokens = row.pop('tokens')
-    self.tokens += tokens
-    self.clock.step(tokens)
-    if done % self._every == 0 or done == self._last:
-      self._write(done, row | self._window() | metrics.device_memory())
-    self._bar.set_postfix(loss=f'{row["loss"]:.3f}', refresh=False)
-    self._bar.update()
-    return row
-
-  def evaluation(self, done: int, row: dict[str, Any]) -> None:
-    """Logs an evaluation."""
-    self._write(done, row)
-    text = f'step {done}: validation loss {row["eval_loss"]:.4f}'
-    if row['bits_per_byte'] is not None:
-      text += f', {row["bits_per_byte"]:.4f} bits per byte'
-    if 'eval_loss_compat' in row:
-      text += f' (published harness: {row["eval_loss_compat"]:.4f})'
-    self._bar.write(text, file=sys.stdout)
-
-  def rates(self) -> dict[str, float]:
-    """Medians over the logged windows: without compilation or evaluation."""
-    names = self._rates[0] if self._rates else ()
-    return {n: float(np.median([r[n] for r in self._rates])) for n in names}
-
-  def _window(self):
-    rates = self.clock.rates()
-    if rates:
-      mfu = metrics.model_flops_utilization(
-        self._slots / rates['step_seconds'],
-        self._flops_per_token,
-        self._devices,
-      )
-      if mfu is not None:
-        rates['mfu'] = mfu
-      self._rates.append(rates)
-    return rates
-
-  def _write(self, done, row):
-    now = {'tokens': self.tokens, 'seconds': self.clock.seconds}
-    self._writer.write(done, row | now)

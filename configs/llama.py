@@ -21,7 +21,7 @@ from frugax import config as fx_config
 
 # size: steps, warm-up, GaLore's rank, batch size
 _SCHEDULES = {
-  'tiny': (600, 50, 32, 16),
+  'tiny': (1200, 60, 32, 8),
   '10m': (10_000, 1_000, 64, 512),
   '60m': (10_000, 1_000, 128, 512),
   '130m': (20_000, 2_000, 256, 512),
@@ -87,6 +87,8 @@ def get_config(arg=None):
   c.optimizer.name = args.opt  # of frugax.optim, optax or optax.contrib
   if 'rank' in c.optimizer:
     c.optimizer.rank = rank
+  if tiny and args.opt == 'galore':
+    c.optimizer.learning_rate = 2e-2  # better than 1e-2 in a short comparison
   c.schedule = ConfigDict()  # open: any argument of the named schedule
   c.schedule.name = 'cosine'
   c.schedule.warmup_steps = warmup
@@ -115,12 +117,12 @@ def get_config(arg=None):
   c.data.repeat = True  # go through the data again and again
 
   c.eval = ConfigDict()
-  c.eval.every = 200 if tiny else 1000  # steps; 0: only at the end
+  c.eval.every = 300 if tiny else 1000  # steps; 0: only at the end
   c.eval.tokens = 100_000 if tiny else 10_000_000
   c.eval.batch_size = batch_size
 
   c.checkpoint = ConfigDict()
-  c.checkpoint.every = 200 if tiny else 1000
+  c.checkpoint.every = 300 if tiny else 1000
   c.checkpoint.keep = 2  # latest ones; the best is kept besides
 
   c.log = ConfigDict()

@@ -53,7 +53,7 @@ def test_override_takes_its_value_from_the_next_argument():
     ('--config.stepz=7', "unknown config key 'stepz': did you mean 'steps'?"),
     ('--config.data.sed=7', "did you mean 'data.seed'?"),
     ('--config.dat.seed=7', "unknown config key 'dat.seed'"),
-    ('--config.steps=1.5', "steps='1.5' is no int; it is 600 now"),
+    ('--config.steps=1.5', "steps='1.5' is no int; it is 1200 now"),
     ('--config.skip_nonfinite=maybe', "='maybe' is no bool"),
     ('--config.data=7', 'is a section; set one of its keys'),
     ('--config.steps', 'needs a value'),

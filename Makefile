@@ -9,6 +9,9 @@ comma := ,
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
+# An environment is made anew when the interpreter's version changes.
+VERSION := $(shell $(PYTHON) -c 'import sys; print("py%d.%d" % sys.version_info[:2])')
+READY := $(VENV)/ready-$(VERSION)
 PARITY_VENV ?= .venv-parity
 WORKDIR ?= runs/tiny
 CONFIG ?= configs/llama.py:size=tiny,opt=galore
@@ -20,25 +23,25 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
 .PHONY: train test lint smoke parity bench clean
 
-train: $(VENV)/installed
+train: $(READY)
 	$(PY) -m frugax.train.corpus --data_dir=data
 	$(PY) -m frugax.train --config=$(CONFIG) --workdir="$(WORKDIR)" $(ARGS)
 	$(PY) -m frugax.report "$(WORKDIR)" --curves-only
 
-test: $(VENV)/installed
+test: $(READY)
 	$(PY) -m pytest -n 2 --dist loadfile --durations=10
 
-lint: $(VENV)/installed
+lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-smoke: $(VENV)/installed
+smoke: $(READY)
 	$(PY) -m pytest tests/smoke_test.py
 
-parity: $(PARITY_VENV)/installed
+parity: $(PARITY_VENV)/ready-$(VERSION)
 	$(PARITY_VENV)/bin/python -m pytest tests/parity -v
 
-bench: $(VENV)/installed
+bench: $(READY)
 	$(PY) research/studies/bench_step.py
 
 clean:
@@ -48,13 +51,13 @@ clean:
 define install
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"frugax needs Python 3.11 or newer, $(PYTHON) is {v[0]}.{v[1]}; choose one with make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	@echo "making the virtual environment $(@D) (a few minutes the first time)"
-	@$(PYTHON) -m venv $(@D) || { echo "python -m venv failed; on Debian: apt install python3-venv"; exit 1; }
+	@$(PYTHON) -m venv --clear $(@D) || { echo "python -m venv failed; on Debian: apt install python3-venv"; exit 1; }
 	$(@D)/bin/python -m pip install --quiet --editable '.[$(1)]' --constraint launch/constraints/$$($(PYTHON) -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")').txt
 	@touch $@
 endef
 
-$(VENV)/installed: pyproject.toml $(wildcard launch/constraints/*.txt)
+$(READY): pyproject.toml $(wildcard launch/constraints/*.txt)
 	$(call install,dev)
 
-$(PARITY_VENV)/installed: pyproject.toml $(wildcard launch/constraints/*.txt)
+$(PARITY_VENV)/ready-$(VERSION): pyproject.toml $(wildcard launch/constraints/*.txt)
 	$(call install,dev$(comma)parity)

@@ -134,6 +134,10 @@ def override(config: ml_collections.ConfigDict, key: str, value: str) -> None:
         f' {", ".join(f"{key}.{k}" for k in sorted(node[last]))}'
       )
     node[last] = _parse(value, node[last], key)
+  elif sections == ['groups']:
+    raise ConfigError(
+      f'a group is a section: set {key}.match=REGEX and {key}.ARGUMENT=VALUE'
+    )
   elif sections and sections[0] in OPEN_SECTIONS:
     with node.unlocked():
       node[last] = _parse(value, None, key)

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from frugax.train import __main__ as cli
-from frugax.train import loop, signals
+from frugax.train import data, loop, signals, step, tokenizer
 
 _EXACT = ('loss', 'grad_norm', 'update_norm', 'param_norm', 'learning_rate')
 
@@ -48,11 +49,12 @@ def test_a_run_writes_what_it_promises(make_config, tmp_path, capsys):
   assert list(rows) == [1, 2, 3, 4, 5, 6]
   assert all(np.isfinite(row['loss']) for row in rows.values())
   assert rows[1]['learning_rate'] == 0 and rows[3]['learning_rate'] > 0
-  assert rows[6]['tokens'] == sum(  # counted labels only, summed up
-    b['tokens'] - a.get('tokens', 0)
-    for a, b in zip([{}, *rows.values()], rows.values(), strict=False)
+  batches = data.train_batches(
+    config.data, tokenizer.tokenizer('bytes'), batch_size=8
   )
-  assert rows[6]['tokens'] <= 6 * 8 * 32
+  counted = [int((next(batches)['labels'] >= 0).sum()) for _ in range(6)]
+  batches.close()
+  assert [row['tokens'] for row in rows.values()] == np.cumsum(counted).tolist()
   assert list(_rows(tmp_path, 'eval_loss')) == [2, 4, 6]
   assert summary == json.loads((tmp_path / 'summary.json').read_text())
   assert summary['eval_tokens'] == 500 and summary['steps'] == 6
@@ -114,11 +116,11 @@ def test_a_checkpoint_restores_onto_another_mesh(
   np.testing.assert_allclose(moved['eval_loss'], whole['eval_loss'], rtol=1e-5)
 
 
-def _start(argv, n_devices, log):
+def _start(argv, n_devices, log, more=()):
   flags = f'--xla_force_host_platform_device_count={n_devices}'
   return subprocess.Popen(
     [sys.executable, '-m', 'frugax.train', *argv],
-    env={**os.environ, 'XLA_FLAGS': flags},
+    env={**os.environ, 'XLA_FLAGS': flags, **dict(more)},
     stdout=log,
     stderr=subprocess.STDOUT,
   )
@@ -150,18 +152,22 @@ def test_kill_9_then_sigterm_then_resume_is_bit_for_bit(
     assert whole.wait(timeout=300) == 0
     part = _start(argv('part'), n_devices, log)
     _wait_for_step(tmp_path / 'part', 25, part)
+    checkpoints = tmp_path / 'part' / 'checkpoints'
+    # In the middle of a save: Orbax writes under a temporary name.
+    deadline = time.monotonic() + 60
+    while not list(checkpoints.glob('*tmp*')) and time.monotonic() < deadline:
+      pass
     part.send_signal(signal.SIGKILL)
     part.wait()
-    # A checkpoint that the kill might have left half written.
-    checkpoints = tmp_path / 'part' / 'checkpoints'
-    half = checkpoints / '199.orbax-checkpoint-tmp'
-    half.mkdir()
-    (half / 'state').write_text('half')
+    half = [p.name for p in checkpoints.glob('*tmp*')]
+    assert half, 'the kill came after the save'
     kept = max(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
-    assert kept < 50
+    reached = max(_rows(tmp_path / 'part'))
+    assert kept < reached < 150
     part = _start(argv('part'), n_devices, log)
     # Beyond the rows that the killed run left.
-    _wait_for_step(tmp_path / 'part', 60, part)
+    _wait_for_step(tmp_path / 'part', reached + 20, part)
+    assert not [p for p in checkpoints.glob('*tmp*') if p.name in half]
     part.send_signal(signal.SIGTERM)
     assert part.wait(timeout=120) == 0
     assert not (tmp_path / 'part' / 'summary.json').exists()
@@ -242,3 +248,84 @@ def test_a_data_set_that_ends_is_one_error(make_config, tmp_path):
   config = make_config(mesh='fsdp=8', data__repeat=False, steps=10_000)
   with pytest.raises(ValueError, match='the data ended after'):
     loop.train(config, tmp_path)
+
+
+def test_preemption_does_not_wait_for_an_evaluation(
+  make_config, tmp_path, monkeypatch
+):
+  config = make_config(mesh='fsdp=8', eval__every=3)
+  put = step.Program.put
+
+  def put_and_stop(program, batch):
+    put_and_stop.calls += 1
+    if put_and_stop.calls == 4:  # three steps, then the first of evaluation
+      os.kill(os.getpid(), signal.SIGTERM)
+    return put(program, batch)
+
+  put_and_stop.calls = 0
+  monkeypatch.setattr(step.Program, 'put', put_and_stop)
+  assert loop.train(config, tmp_path) == {'stopped': True, 'steps': 3}
+  assert put_and_stop.calls == 4 and not _rows(tmp_path, 'eval_loss')
+  monkeypatch.undo()
+  assert loop.train(config, tmp_path)['steps'] == 6
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'data__sequence_length': 16}, 'sequence_length was 32, now it is 16'),
+    ({'data__shuffle_rows': 8}, 'shuffle_rows was 4096, now it is 8'),
+    ({'data__mode': 'c4_protocol'}, "mode was 'packed', now"),
+  ],
+)
+def test_resuming_in_the_middle_of_other_data_is_refused(
+  change, message, make_config, tmp_path, monkeypatch
+):
+  _stop_at(monkeypatch, 1)
+  loop.train(make_config(mesh='fsdp=8'), tmp_path)
+  with pytest.raises(ValueError, match=message):
+    loop.train(make_config(mesh='fsdp=8', **change), tmp_path)
+
+
+def test_a_workdir_that_cannot_be_is_refused(make_config, tmp_path):
+  (tmp_path / 'file').write_text('')
+  for workdir in (tmp_path / 'file', '/proc/nowhere', 'gs://bucket/run'):
+    with pytest.raises(ValueError, match='workdir'):
+      loop.train(make_config(mesh='fsdp=8'), workdir)
+
+
+def test_two_processes_equal_one(command_line, tmp_path):
+  """Real processes on loopback, also with a tensor axis across them."""
+  for spec in ('fsdp=4', 'tensor=4'):
+    name = spec.replace('=', '')
+    argv = command_line(tmp_path / f'one {name}', mesh=spec, data__seed=1)
+    with open(tmp_path / 'log', 'w', encoding='utf-8') as log:
+      assert _start(argv, 4, log).wait(timeout=300) == 0
+    argv = command_line(tmp_path / f'two {name}', mesh=spec, data__seed=1)
+    with socket.socket() as s:
+      s.bind(('localhost', 0))
+      port = s.getsockname()[1]
+    processes = []
+    for i in range(2):
+      join = {
+        'JAX_COORDINATOR_ADDRESS': f'localhost:{port}',
+        'JAX_NUM_PROCESSES': '2',
+        'JAX_PROCESS_ID': str(i),
+      }
+      with open(tmp_path / f'log {name} {i}', 'w', encoding='utf-8') as log:
+        processes.append(_start(argv, 2, log, join))
+    codes = [p.wait(timeout=300) for p in processes]
+    texts = [(tmp_path / f'log {name} {i}').read_text() for i in range(2)]
+    assert codes == [0, 0], texts
+    assert 'validation loss' in texts[0]
+    assert 'validation loss' not in texts[1]  # one process tells
+    one, two = (
+      json.loads((tmp_path / f'{n} {name}' / 'summary.json').read_text())
+      for n in ('one', 'two')
+    )
+    assert two['hardware']['processes'] == 2
+    if spec == 'tensor=4':  # the same rows in the same order
+      np.testing.assert_allclose(two['eval_loss'], one['eval_loss'], rtol=1e-5)
+    # Evaluation is over the same tokens whatever the number of processes.
+    assert two['eval_tokens'] == one['eval_tokens'] == 500
+    assert abs(two['eval_loss'] / one['eval_loss'] - 1) < 0.05

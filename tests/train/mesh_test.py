@@ -1,6 +1,8 @@
 """Meshes from one field, shardings from names, equal losses on all of them."""
 
 import itertools
+import types
+from unittest import mock
 
 import jax
 import numpy as np
@@ -102,3 +104,54 @@ def test_parameters_and_state_are_cut(make_config):
     for x in jax.tree.leaves(state.opt_state)
   )
   assert here < total / 4
+
+
+def test_activations_are_cut(make_config):
+  """Without constraints XLA keeps them whole, in three times the memory."""
+  config = make_config(
+    'size=tiny,opt=sgd', mesh='fsdp=8', batch_size=64, model__vocab_size=2000
+  )
+
+  def temporary_bytes(program):
+    shape = (config.batch_size, config.data.sequence_length)
+    batch = {
+      name: jax.ShapeDtypeStruct(
+        shape,
+        np.int32,
+        sharding=program.layout.sharding(('batch', 'sequence'), shape),
+      )
+      for name in ('tokens', 'labels', 'segment_ids', 'positions')
+    }
+    with jax.set_mesh(program.layout.mesh):
+      compiled = program.train_step.lower(program.abstract_state(), batch)
+    return compiled.compile().memory_analysis().temp_size_in_bytes
+
+  cut = temporary_bytes(step.build(config))
+  with mock.patch.object(mesh.Layout, 'constrain', lambda self, x, names: x):
+    whole = temporary_bytes(step.build(config))
+  assert cut < 0.5 * whole
+
+
+def test_rows_are_shared_out_by_the_mesh():
+  """Processes whose devices hold the same rows load the same rows."""
+
+  def share(spec, n_processes, index):
+    devices = [
+      types.SimpleNamespace(process_index=i * n_processes // 8, id=i)
+      for i in range(8)
+    ]
+    sizes = mesh.parse_mesh(spec, 8)
+    grid = types.SimpleNamespace(
+      shape=sizes,
+      devices=np.array(devices).reshape(tuple(sizes.values())),
+    )
+    with mock.patch.object(jax, 'process_index', lambda: index):
+      return mesh.Layout(grid, mesh.RULES).share()
+
+  assert [share('fsdp=8', 4, i) for i in range(4)] == [(i, 4) for i in range(4)]
+  assert [share('data=2,tensor=4', 2, i) for i in range(2)] == [(0, 2), (1, 2)]
+  assert [share('data=2,tensor=4', 4, i) for i in range(4)] == [
+    *((0, 2), (0, 2), (1, 2), (1, 2))
+  ]
+  assert [share('tensor=8', 4, i) for i in range(4)] == [(0, 1)] * 4
+  assert mesh.make_layout('fsdp=8').share() == (0, 1)

@@ -11,7 +11,7 @@ def table(runs: Sequence[Run]) -> str:
   """One row a run: what it was, how far it came, what it cost.
 
   `state bytes` is the optimizer's state and `of Adam's` its share of what Adam
-  would keep for the same parameters (two float32 moments). The loss is in nats
+  would keep for the same parameters (in their dtype). The loss is in nats
   per token, over the whole evaluation set. A dash is unknown.
 
   Args:

@@ -8,7 +8,7 @@ import traceback
 from absl import logging
 
 from frugax import config as fx_config
-from frugax.train import loop
+from frugax.train import loop, processes
 
 
 def main(argv: list[str]) -> int:
@@ -16,6 +16,7 @@ def main(argv: list[str]) -> int:
   logging.set_verbosity(logging.ERROR)  # Orbax and TFDS tell a lot
   try:
     config, args = fx_config.parse_command_line(argv, 'python -m frugax.train')
+    processes.join()
     loop.train(config, args.workdir, command=_command(argv))
   except loop.NonFiniteLoss as e:
     print(f'error: {e}', file=sys.stderr)

@@ -102,7 +102,7 @@ class Checkpoints:
     )
 
   def restore(
-    self, step: int, state: Any, data: Any
+    self, step: int, state: Any, data: Any, stream: dict[str, Any]
   ) -> tuple[Any, dict[str, Any]]:
     """Reads a checkpoint, onto whatever mesh the abstract state names.
 
@@ -110,18 +110,27 @@ class Checkpoints:
       step: one of the steps that were saved.
       state: pytree of ShapeDtypeStructs with shardings.
       data: Orbax arguments that restore the iterator (`data.restore_args`).
+      stream: what the iterator's position depends on; compared with
+        meta['stream'] as it was saved.
 
     Returns:
       The state and the meta values.
 
     Raises:
       ValueError: the checkpoint holds other shapes or other leaves (another
-        model or optimizer) than `state`.
+        model or optimizer) than `state`, or is of another stream.
     """
     args = self._ocp.args
     composite = args.Composite(meta=args.JsonRestore())
     meta = dict(self._manager.restore(step, args=composite)['meta'])
     self._check(step, meta.pop('shapes'), _shapes(state))
+    for name, value in stream.items():
+      if meta['stream'].get(name) != value:
+        raise ValueError(
+          f'the checkpoint at step {step} of {self.directory} is in the middle'
+          f' of other data: {name} was {meta["stream"].get(name)!r}, now it is'
+          f' {value!r}. Set it back, or give another --workdir'
+        )
     composite = args.Composite(state=args.StandardRestore(state), data=data)
     return self._manager.restore(step, args=composite)['state'], meta
 

@@ -64,6 +64,8 @@ def announce(
   categories = info['optimizer_state_bytes_by_category'].items()
   parts = [f'{k} {v:,}' for k, v in categories if v and k != 'total']
   print(f'           ({", ".join(parts)})')
+  if info['optimizer_state_bytes'] > info['adam_state_bytes']:
+    print('           more than Adam: give a lower rank, if it has one')
   print(
     f'data       {config.data.name},'
     f' {config.data.mode}, {slots:,} tokens a step'

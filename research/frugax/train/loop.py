@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,10 +61,14 @@ def _train(config, workdir, stop, command, devices):
   program.layout.check_batch(
     config.eval.batch_size, config.data.sequence_length, 'eval.batch_size'
   )
-  hosts = {
-    'process_index': jax.process_index(),
-    'process_count': jax.process_count(),
-  }
+  _check_workdir(workdir)
+  index, count = program.layout.share()
+  hosts = {'process_index': index, 'process_count': count}
+  if count > 1 and not config.data.repeat:
+    raise ValueError(
+      'data.repeat=false with several processes: each would end at another'
+      ' step. Set --config.data.repeat=true and choose --config.steps'
+    )
   train_data = data.train_batches(
     config.data, tok, batch_size=config.batch_size, **hosts
   )
@@ -77,6 +82,7 @@ def _train(config, workdir, stop, command, devices):
   eval_step = jax.jit(step.make_eval_step(program.model, tok.bytes_per_id()))
 
   # The state: the latest checkpoint's, or a new one.
+  stream = {name: config.data[name] for name in _STREAM} | {'shares': count}
   checkpoints = checkpoint.Checkpoints(
     os.path.join(workdir, 'checkpoints'), config.checkpoint.keep
   )
@@ -86,17 +92,17 @@ def _train(config, workdir, stop, command, devices):
     state = program.init(jax.random.PRNGKey(config.seed))
   else:
     state, meta = checkpoints.restore(
-      done, program.abstract_state(), data.restore_args(train_data)
+      done, program.abstract_state(), data.restore_args(train_data), stream
     )
   info = console.describe(config, program)
   console.announce(config, workdir, info, done, meta.get('config'))
   log = progress.Progress(config, workdir, program, info, done, meta)
-  best, eval_row = meta['best'], {}
+  best, eval_row, stopping = meta['best'], None, False
   resume = shlex.join(command)
 
   def save(eval_loss=None):
     now = {'seconds': log.clock.seconds, 'tokens': log.tokens, 'best': best}
-    now['config'] = config.to_dict()
+    now |= {'config': config.to_dict(), 'stream': stream}
     checkpoints.save(done, state, data.save_args(train_data), now, eval_loss)
 
   def settle(step_and_metrics):
@@ -108,7 +114,13 @@ def _train(config, workdir, stop, command, devices):
       raise NonFiniteLoss(console.advice(at, row, kept, workdir, resume))
 
   def evaluate():
-    sums = [eval_step(state.params, program.put(b)) for b in eval_data]
+    sums = []
+    for batch in eval_data:
+      sums.append(eval_step(state.params, program.put(batch)))
+      # A preempted run has seconds: saving comes first. (Several processes
+      # learn of it together, after a step.)
+      if stop.raised and jax.process_count() == 1:
+        return None
     return evaluation(jax.device_get(sums), config.compat_eval)
 
   with jax.set_mesh(program.layout.mesh), log:
@@ -130,7 +142,7 @@ def _train(config, workdir, stop, command, devices):
         late = (done, on_device)
         last = done == config.steps
         stopping = stop.requested(done)
-        evaluating = last or _due(done, config.eval.every)
+        evaluating = not stopping and (last or _due(done, config.eval.every))
         saving = last or stopping or _due(done, config.checkpoint.every)
         if not (evaluating or saving):
           continue
@@ -138,25 +150,26 @@ def _train(config, workdir, stop, command, devices):
         settle(late)
         late = None
         with log.clock.paused():
-          eval_loss = None
-          if evaluating:
-            eval_row = evaluate()
-            eval_loss = eval_row['eval_loss']
+          eval_loss, eval_row = None, evaluate() if evaluating else None
+          if eval_row:
             log.evaluation(done, eval_row)
-            if best is None or eval_loss < best:
-              best, saving = eval_loss, True
-          if saving:
+            if np.isfinite(eval_row['eval_loss']):
+              eval_loss = eval_row['eval_loss']
+              if best is None or eval_loss < best:
+                best, saving = eval_loss, True
+          stopping = stopping or (evaluating and not eval_row)
+          if saving or stopping:
             save(eval_loss)
         if stopping:
           break
     finally:
       checkpoints.close()  # completes what is being written
       train_data.close()
-    if done < config.steps:
+    if not (stopping or eval_row):  # every step was done before this run began
+      eval_row = evaluate()
+    if not eval_row:
       console.stopped(done, resume)
       return {'stopped': True, 'steps': done}
-    if not eval_row:  # every step was done before this run began
-      eval_row = evaluate()
   summary = (
     info
     | eval_row
@@ -207,6 +220,30 @@ def evaluation(
     means = [float(s['loss']) / float(s['tokens']) for s in sums if s['tokens']]
     row['eval_loss_compat'] = sum(means) / (len(means) + 1)
   return row
+
+
+# What the position in the stream of training batches depends on.
+_STREAM = (
+  *('name', 'train_split', 'text_field', 'tokenizer', 'mode'),
+  *('sequence_length', 'seed', 'shuffle_rows', 'repeat'),
+)
+
+
+def _check_workdir(workdir):
+  if '://' in workdir:
+    raise ValueError(
+      f'workdir {workdir!r} is no folder: give one on a disk that all processes'
+      ' see (a mounted bucket, say)'
+    )
+  try:
+    os.makedirs(workdir, exist_ok=True)
+    # (Several processes may do this at once.)
+    with tempfile.TemporaryFile(dir=workdir):
+      pass
+  except OSError as e:
+    raise ValueError(
+      f'workdir {workdir!r} cannot be written: {e.strerror}; give another one'
+    ) from e
 
 
 def _due(done: int, every: int) -> bool:

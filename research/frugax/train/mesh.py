@@ -143,6 +143,35 @@ class Layout:
       is_leaf=lambda x: isinstance(x, tuple),
     )
 
+  def share(self) -> tuple[int, int]:
+    """Which share of a batch's rows this process loads, and of how many.
+
+    Processes whose devices hold the same rows (tensor or context parallelism
+    across hosts) have the same share.
+
+    Returns:
+      (index, count): of a batch of B rows those from index * B / count on.
+
+    Raises:
+      ValueError: this process's devices hold rows that are not one block.
+    """
+    n_groups = self.mesh.shape['data'] * self.mesh.shape['fsdp']
+    groups = self.mesh.devices.reshape(n_groups, -1)
+    mine = [
+      i
+      for i, devices in enumerate(groups)
+      if any(d.process_index == jax.process_index() for d in devices)
+    ]
+    n = len(mine)
+    if mine != list(range(mine[0], mine[0] + n)) or n_groups % n or mine[0] % n:
+      raise ValueError(
+        f'the devices of process {jax.process_index()} hold the parts {mine} of'
+        f' {n_groups} of a batch on the mesh {self}, which is no block that it'
+        ' could load; choose sizes of data and fsdp that divide, or are'
+        " divided by, each process's devices"
+      )
+    return mine[0] // n, n_groups // n
+
   def check_batch(self, rows: int, sequence_length: int, what: str) -> None:
     """Raises unless the mesh cuts rows x sequence_length evenly."""
     n_batch = self.mesh.shape['data'] * self.mesh.shape['fsdp']

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from frugax import names, optim
@@ -76,6 +77,11 @@ def make_schedule(
   if name not in SCHEDULES:
     raise names.unknown('schedule', name, SCHEDULES)
   make = SCHEDULES[name]
+  warmup_steps = arguments.get('warmup_steps', 0)
+  if not isinstance(warmup_steps, int) or warmup_steps < 0:
+    raise ValueError(
+      f'schedule.warmup_steps must be an int of 0 or more, got {warmup_steps!r}'
+    )
   valid = [a for a in inspect.signature(make).parameters][2:]
   for argument in arguments:
     if argument not in valid:
@@ -112,7 +118,10 @@ def find_optimizer(name: str) -> Callable[..., optax.GradientTransformation]:
 def _is_optimizer(module, name) -> bool:
   """An alias takes the learning rate first; parts of chains do not count."""
   make = getattr(module, name, None)
-  if name.startswith(('_', 'scale_by_')) or not inspect.isfunction(make):
+  # The weights of schedule-free methods are not those to be evaluated.
+  if name.startswith(
+    ('_', 'scale_by_', 'schedule_free')
+  ) or not inspect.isfunction(make):
     return False
   return next(iter(inspect.signature(make).parameters), '') == 'learning_rate'
 
@@ -147,8 +156,20 @@ def make_optimizer(
         raise names.unknown(
           f'argument of {section["name"]}', argument, set(valid)
         )
-    arguments = {**_defaults(config, params, axes, valid), **arguments}
-    return make(schedule, **arguments), schedule
+    known = {**_defaults(config, params, axes, valid), **arguments}
+    try:
+      tx = make(schedule, **known)
+      # Traced once here, where an argument of the wrong type can be named.
+      state = jax.eval_shape(tx.init, params)
+      extra = {'value': jnp.zeros([]), 'key': jax.random.PRNGKey(0)}
+      update = optax.with_extra_args_support(tx).update
+      jax.eval_shape(lambda s, p: update(p, s, p, **extra), state, params)
+    except (TypeError, ValueError, AttributeError) as e:
+      raise ValueError(
+        f'optimizer {section["name"]} cannot run with the arguments'
+        f' {arguments}: {e}'
+      ) from e
+    return tx, schedule
 
   main = config.optimizer.to_dict()
   tx, schedule = build(main)
@@ -181,8 +202,9 @@ def make_optimizer(
 def _defaults(config, params, axes, valid) -> dict[str, Any]:
   """What the run knows and the optimizer has an argument for."""
   arguments = {}
-  if 'mask' in valid:
-    arguments['mask'] = _matches(config.decayed, params, 'decayed')
+  for name in ('mask', 'weight_decay_mask'):
+    if name in valid:
+      arguments[name] = _matches(config.decayed, params, 'decayed')
   projected = _matches(config.projected, params, 'projected')
   matrices = jax.tree.map(
     lambda hit, a: a if hit else None, projected, optim.matrix_axes(axes)

@@ -77,7 +77,8 @@ class Progress:
     tokens = row.pop('tokens')
     self.tokens += tokens
     self.clock.step(tokens)
-    if not finite(row) or done % self._every == 0 or done == self._last:
+    due = self._every and done % self._every == 0
+    if not finite(row) or due or done == self._last:
       self._write(done, row | self._window() | metrics.device_memory())
     self._bar.set_postfix(loss=f'{row["loss"]:.3f}', refresh=False)
     self._bar.update()
@@ -91,7 +92,8 @@ class Progress:
       text += f', {row["bits_per_byte"]:.4f} bits per byte'
     if 'eval_loss_compat' in row:
       text += f' (published harness: {row["eval_loss_compat"]:.4f})'
-    self._bar.write(text, file=sys.stdout)
+    if jax.process_index() == 0:
+      self._bar.write(text, file=sys.stdout)
 
   def rates(self) -> dict[str, float]:
     """Medians over the logged windows: without compilation or evaluation."""

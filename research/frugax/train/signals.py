@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C, turned into a question that the loop asks."""
 
+import os
 import signal
 import threading
 
@@ -11,10 +12,13 @@ class StopSignal:
   """Answers whether the run was asked to stop, on every process alike.
 
   While the context is open, SIGTERM (preemption) and the first SIGINT (Ctrl-C)
-  only make `requested` true; a second Ctrl-C interrupts at once.
+  only make `requested` true; a second Ctrl-C interrupts at once. Of several
+  processes, one that is signalled tells the others.
+
+  Attributes:
+    raised: whether this process was signalled.
 
   Examples:
-    >>> import os
     >>> with StopSignal() as stop:
     ...   before = stop.requested(1)
     ...   os.kill(os.getpid(), signal.SIGTERM)
@@ -23,7 +27,7 @@ class StopSignal:
   """
 
   def __enter__(self) -> 'StopSignal':
-    self._raised = False
+    self.raised = False
     self._handlers = {}
     # Python delivers signals to the main thread only. Several processes leave
     # SIGTERM to JAX's preemption service, which tells them all.
@@ -38,12 +42,14 @@ class StopSignal:
       signal.signal(number, handler)
 
   def _handle(self, number, _):
-    if self._raised and number == signal.SIGINT:
+    if self.raised and number == signal.SIGINT:
       raise KeyboardInterrupt
-    self._raised = True
+    self.raised = True
+    if jax.process_count() > 1:  # to JAX's preemption service
+      os.kill(os.getpid(), signal.SIGTERM)
 
   def requested(self, step: int) -> bool:
     """Whether to stop after `step`; every process gets the same answer."""
     if jax.process_count() > 1:
       return multihost_utils.reached_preemption_sync_point(step)
-    return self._raised
+    return self.raised

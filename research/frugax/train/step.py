@@ -58,6 +58,11 @@ def token_losses(
   return jnp.where(counts, lse - at_label, 0), jnp.where(counts, lse, 0), counts
 
 
+def _norm(tree):
+  """Global norm in float32; a sum of bfloat16 squares would be percents off."""
+  return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))
+
+
 def _forward(model, params, batch):
   return model.apply(
     params,
@@ -142,7 +147,7 @@ def make_train_step(
     tokens = jnp.sum(batch['labels'] >= 0)
     n_tokens = jnp.maximum(tokens, 1).astype(jnp.float32)
     grads, loss = gradient(state.params, batch, n_tokens)
-    grad_norm = optax.tree.norm(grads)
+    grad_norm = _norm(grads)
     if clip_norm:
       factor = jnp.minimum(1.0, clip_norm / jnp.maximum(grad_norm, 1e-30))
       grads = jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)
@@ -154,7 +159,7 @@ def make_train_step(
       key=jax.random.fold_in(state.key, state.step),
     )
     params = optax.apply_updates(state.params, updates)
-    update_norm = optax.tree.norm(updates)
+    update_norm = _norm(updates)
     skipped = state.skipped
     if skip_nonfinite:
       finite = jnp.isfinite(loss + grad_norm + update_norm)
@@ -169,11 +174,12 @@ def make_train_step(
       'tokens': tokens,
       'grad_norm': grad_norm,
       'update_norm': update_norm,
-      'param_norm': optax.tree.norm(params),
+      'param_norm': _norm(params),
       'skipped': skipped,
     }
     if schedule is not None:
-      metrics['learning_rate'] = schedule(state.step)
+      # The optimizer does not count the steps that were left out.
+      metrics['learning_rate'] = schedule(state.step - state.skipped)
     state = TrainState(state.step + 1, params, opt_state, state.key, skipped)
     return state, metrics
 
@@ -240,12 +246,20 @@ class Program:
     )
 
   def put(self, batch) -> Batch:
-    """This host's rows of a batch as global, sharded arrays."""
+    """This process's rows of a batch as global, sharded arrays."""
 
     def place(x):
-      shape = (x.shape[0] * jax.process_count(), *x.shape[1:])
+      index, count = self.layout.share()
+      shape = (x.shape[0] * count, *x.shape[1:])
+      first = index * x.shape[0]
+
+      def part(slices):
+        rows, columns = slices
+        start, stop, _ = rows.indices(shape[0])
+        return x[start - first : stop - first, columns]
+
       sharding = self.layout.sharding(('batch', 'sequence'), shape)
-      return jax.make_array_from_process_local_data(sharding, x, shape)
+      return jax.make_array_from_callback(shape, sharding, part)
 
     return jax.tree.map(place, batch)
 
@@ -275,6 +289,7 @@ def build(config, devices: Sequence[jax.Device] | None = None) -> Program:
       f'accumulation {config.accumulation} does not divide batch_size'
       f' {config.batch_size}'
     )
+  layout.share()  # raises where processes cannot share out a batch
   layout.check_batch(
     config.batch_size // config.accumulation,
     config.data.sequence_length,

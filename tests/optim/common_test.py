@@ -58,9 +58,20 @@ def low_rank_row(inner, **options):
   return Row(low_rank, {'inner': inner, 'options': options})
 
 
-def galore_row(**arguments):
+def alias_row(make, **arguments):
   arguments = {'rank': 2, 'update_interval': 2, 'axes': last_two, **arguments}
-  return Row(optim.galore, arguments, ('rank', 'update_interval', 'axes'))
+  return Row(make, arguments, ('rank', 'update_interval', 'axes'))
+
+
+def galore_row(**arguments):
+  return alias_row(optim.galore, **arguments)
+
+
+def limited_sgd(learning_rate):
+  return optax.chain(
+    optim.limit_norm_growth(axes=last_two),
+    optim.step_and_decay(learning_rate),
+  )
 
 
 def adam_hf(learning_rate, weight_decay):
@@ -78,6 +89,25 @@ OURS = {
   ),
   'galore_sketch_long': galore_row(projector='sketch', side='long'),
   'galore_random': galore_row(projector='random', moments='reset'),
+  'galore_rotate': galore_row(moments='rotate'),
+  'galore_ldadam_random': galore_row(moments='ldadam', projector='random'),
+  'fira': alias_row(optim.fira),
+  'fira_sketch_sign': alias_row(
+    optim.fira, projector='sketch', moments='sign', residual_uses_alpha=False
+  ),
+  'apollo': alias_row(optim.apollo),
+  'apollo_svd_decay': alias_row(
+    optim.apollo, projector='svd', weight_decay=0.1
+  ),
+  'apollo_mini': alias_row(optim.apollo_mini, rank=1),
+  'subspace_momentum': alias_row(optim.subspace_momentum),
+  'flora': alias_row(optim.flora, weight_decay=0.1),
+  'ldadam': alias_row(optim.ldadam, update_interval=1, weight_decay=0.1),
+  'ldadam_without_feedback': alias_row(optim.ldadam, error_feedback=False),
+  'limit_norm_growth': Row(limited_sgd),
+  'low_rank_frugal': low_rank_row(
+    optax.scale_by_adam(), residual='sign', moments='zero'
+  ),
   'low_rank_adamw': low_rank_row(optax.adamw(1.0, weight_decay=0.1)),
   'low_rank_sketch_lion': low_rank_row(
     optax.scale_by_lion(), projector='sketch'
@@ -178,7 +208,7 @@ def test_bfloat16_state_never_changes_dtype(name):
     lambda: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree(0))
   )
   # Adam of optax takes the dtype of its first gradients; ours does not.
-  ours = ROWS[name].make in (optim.galore, adam_hf)
+  ours = name in OURS and ROWS[name].make is not low_rank
   for g in (low, tree(1)) if ours else (low,):
     state = jax.eval_shape(tx.init, low)
     updates, new = jax.eval_shape(tx.update, g, state, low)

@@ -75,7 +75,8 @@ def refresh(projector, g, rank, times=1, state=None, key=0):
   p = projector(g.shape, rank, 'left', jnp.float32)
   state = p.init() if state is None else state
   for i in range(times):
-    state = p.refresh(g, state, jax.random.fold_in(jax.random.key(key), i))
+    context = projectors.Context(jax.random.fold_in(jax.random.key(key), i))
+    state = p.refresh(g, state, context)
   return state
 
 
@@ -341,6 +342,7 @@ def test_tree_without_matrices():
     ({'rank': jnp.float32(3)}, 'rank is fixed.*static_args'),
     ({'update_interval': 0}, 'update_interval=0'),
     ({'side': 'shrt'}, "unknown side 'shrt': did you mean 'short'"),
+    ({'side': 'both'}, "unknown side 'both'"),
     ({'projector': 'svdd'}, "unknown projector 'svdd': did you mean 'svd'"),
     ({'moments': 'kep'}, "unknown moments policy 'kep': did you mean 'keep'"),
   ],

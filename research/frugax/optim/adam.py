@@ -6,6 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from frugax import names
+
+CORRECTIONS = ('step', 'moments', 'none')
+
 
 class ScaleByAdamHFState(NamedTuple):
   """Step counter and the two moments."""
@@ -20,6 +24,7 @@ def scale_by_adam_hf(
   b2: jax.typing.ArrayLike = 0.999,
   eps: jax.typing.ArrayLike = 1e-6,
   state_dtype: jax.typing.DTypeLike | None = None,
+  correction: str = 'step',
 ) -> optax.GradientTransformation:
   r"""Adam with epsilon beside the uncorrected second moment.
 
@@ -44,9 +49,16 @@ def scale_by_adam_hf(
       updated in float32 and rounded to nearest once: in bfloat16 with b2=0.999
       the second moment can then grow but hardly shrink, so bfloat16 parameters
       deserve state_dtype=jnp.float32.
+    correction: of the bias of the moments. 'step' is the form above. 'moments'
+      corrects the moments, then adds epsilon to the corrected root, as
+      `optax.scale_by_adam` does. 'none' leaves it to a `correct_bias` later in
+      the chain, for what acts on the uncorrected update.
 
   Returns:
     An optax.GradientTransformation; it does not use the parameters.
+
+  Raises:
+    ValueError: an unknown correction.
 
   Examples:
     >>> tx = scale_by_adam_hf(eps=1e-3)
@@ -60,6 +72,8 @@ def scale_by_adam_hf(
     <https://arxiv.org/abs/1412.6980>`_, 2014 (the efficient order of
     computation at the end of section 2)
   """
+  if correction not in CORRECTIONS:
+    raise names.unknown('correction', correction, CORRECTIONS)
 
   def init_fn(params):
     def zeros(p):
@@ -74,8 +88,8 @@ def scale_by_adam_hf(
   def update_fn(updates, state, params=None):
     del params
     count = optax.safe_increment(state.count)
-    t = count.astype(jnp.float32)
-    correction = jnp.sqrt(1 - b2**t) / (1 - b1**t)
+    step, root = _bias(count, b1, b2) if correction != 'none' else (1.0, 1.0)
+    corrected_eps = eps * root if correction == 'moments' else eps
 
     def moment(decay, order):
       return lambda g, old: decay * wide(old) + (1 - decay) * wide(g) ** order
@@ -83,7 +97,9 @@ def scale_by_adam_hf(
     mu = jax.tree.map(moment(b1, 1), updates, state.mu)
     nu = jax.tree.map(moment(b2, 2), updates, state.nu)
     updates = jax.tree.map(
-      lambda g, m, v: (correction * m / (jnp.sqrt(v) + eps)).astype(g.dtype),
+      lambda g, m, v: (step * m / (jnp.sqrt(v) + corrected_eps)).astype(
+        g.dtype
+      ),
       updates,
       mu,
       nu,
@@ -94,6 +110,62 @@ def scale_by_adam_hf(
     return updates, ScaleByAdamHFState(count, mu, nu)
 
   return optax.GradientTransformation(init_fn, update_fn)
+
+
+class CorrectBiasState(NamedTuple):
+  """Step counter."""
+
+  count: jax.Array
+
+
+def correct_bias(
+  b1: jax.typing.ArrayLike = 0.9,
+  b2: jax.typing.ArrayLike = 0.999,
+  reset_interval: int | None = None,
+) -> optax.GradientTransformation:
+  r"""The bias correction of Adam as a transformation of its own.
+
+  .. math:: U \leftarrow \frac{\sqrt{1-b_2^t}}{1-b_1^t} \; U
+
+  After `scale_by_adam_hf(correction='none')` it completes the step, and what
+  stands between the two sees the uncorrected update, as in Fira and APOLLO.
+
+  Args:
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    reset_interval: steps after which the moments start anew, so that t does
+      too; None if they do not.
+
+  Returns:
+    An optax.GradientTransformation; it does not use the parameters.
+
+  Examples:
+    >>> tx = correct_bias()
+    >>> updates, _ = tx.update(jnp.array([3.1623]), tx.init(jnp.zeros(1)))
+    >>> print(updates.round(3))
+    [1.]
+  """
+
+  def init_fn(params):
+    del params
+    return CorrectBiasState(jnp.zeros([], jnp.int32))
+
+  def update_fn(updates, state, params=None):
+    del params
+    count = optax.safe_increment(state.count)
+    t = count if reset_interval is None else state.count % reset_interval + 1
+    step, _ = _bias(t, b1, b2)
+    updates = jax.tree.map(lambda u: (step * wide(u)).astype(u.dtype), updates)
+    return updates, CorrectBiasState(count)
+
+  return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _bias(count, b1, b2):
+  """What the step, and what the second moment's root, is short of."""
+  t = count.astype(jnp.float32)
+  root = jnp.sqrt(1 - b2**t)
+  return root / (1 - b1**t), root
 
 
 class DecayAfterStepState(NamedTuple):

@@ -8,6 +8,7 @@ import optax
 
 from frugax.optim.adam import scale_by_adam_hf, step_and_decay
 from frugax.optim.low_rank import low_rank
+from frugax.optim.moments import Moments, PolicyFn, for_adam
 from frugax.optim.projectors import ProjectorFn
 
 
@@ -18,7 +19,7 @@ def galore(
   scale: jax.typing.ArrayLike = 0.25,
   side: str = 'short',
   projector: str | ProjectorFn = 'svd',
-  moments: str = 'keep',
+  moments: str | PolicyFn | Moments = 'keep',
   b1: jax.typing.ArrayLike = 0.9,
   b2: jax.typing.ArrayLike = 0.999,
   eps: jax.typing.ArrayLike = 1e-6,
@@ -68,7 +69,9 @@ def galore(
     scale: :math:`\alpha`; applied to projected leaves only.
     side: 'short', 'long', 'left' or 'right', see `low_rank`.
     projector: 'svd', 'sketch', 'random' or a function, see `low_rank`.
-    moments: 'keep' or 'reset', what a refresh does to Adam's moments.
+    moments: what a refresh does to Adam's moments: 'keep', 'reset', 'zero',
+      'sign', 'rotate', 'ldadam' or a function, see `low_rank`. With 'rotate'
+      nothing depends on the signs of singular vectors.
     b1: decay of the first moment.
     b2: decay of the second moment.
     eps: added to the root of the uncorrected second moment.
@@ -111,7 +114,7 @@ def galore(
       scale=scale,
       side=side,
       projector=projector,
-      moments=moments,
+      moments=for_adam(moments, b1, b2),
       axes=axes,
       projector_dtype=projector_dtype,
       key=key,

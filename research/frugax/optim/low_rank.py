@@ -1,7 +1,6 @@
 """Run any optax transformation in low-rank subspaces of the gradients."""
 
-import numbers
-import zlib
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,17 +9,12 @@ import jax.numpy as jnp
 import optax
 
 from frugax import names
+from frugax.optim import leaves as leaves_lib
+from frugax.optim import moments as moments_lib
 from frugax.optim import projectors as projectors_lib
-from frugax.optim.axes import (
-  MatrixAxes,
-  as_matrix,
-  from_matrix,
-  matrix_shape,
-  path_name,
-  resolve,
-)
-
-MOMENTS = ('keep', 'reset')
+from frugax.optim import residuals as residuals_lib
+from frugax.optim.adam import wide
+from frugax.optim.axes import from_matrix, matrix_shape, path_name, resolve
 
 
 class LowRankState(NamedTuple):
@@ -31,34 +25,14 @@ class LowRankState(NamedTuple):
     projectors: a tree like the parameters with each matrix's projector state;
       leaves left whole hold an empty optax.MaskedNode.
     inner: the state of the wrapped transformation, on the small matrices.
+    residuals: a tree like the parameters with what the residual policy
+      remembers of each matrix, such as norms; nothing for most.
   """
 
   count: jax.Array
   projectors: Any
   inner: optax.OptState
-
-
-class _Leaf(NamedTuple):
-  """What is static about one parameter; axes is None if it is left whole."""
-
-  path: tuple[Any, ...]
-  shape: tuple[int, ...]
-  axes: MatrixAxes | None
-  projector: projectors_lib.Projector | None
-
-  def small(self, x, state):
-    """The projection of an array of the parameter's shape."""
-    if self.axes is None:
-      return x
-    r = self.projector.project(as_matrix(x, self.axes), state)
-    return r.astype(x.dtype)
-
-  def full(self, r, state, scale, dtype):
-    """The scaled update of the parameter's shape from the inner one."""
-    if self.axes is None:
-      return r
-    update = scale * self.projector.back(r, state)
-    return from_matrix(update, self.axes, self.shape).astype(dtype)
+  residuals: Any
 
 
 def low_rank(
@@ -68,7 +42,8 @@ def low_rank(
   scale: jax.typing.ArrayLike = 1.0,
   side: str = 'short',
   projector: str | projectors_lib.ProjectorFn = 'svd',
-  moments: str = 'keep',
+  moments: str | moments_lib.PolicyFn | moments_lib.Moments = 'keep',
+  residual: str | residuals_lib.Residual | Callable[..., jax.Array] = 'drop',
   axes: Any | Callable[[Any], Any] | None = None,
   projector_dtype: jax.typing.DTypeLike | None = None,
   key: jax.Array | int = 0,
@@ -108,22 +83,29 @@ def low_rank(
     side: which side is projected: 'short', 'long', 'left' (rows, the input
       side of a kernel) or 'right' (columns). A square matrix is projected on
       its rows by 'short'.
-    projector: 'svd', the leading singular vectors; 'sketch', one warm-started
-      step of orthogonal iteration, matmuls and a QR of a thin matrix; 'random',
-      Gaussian and drawn anew from a key when needed, never stored; or a
-      function as `frugax.optim.projectors` describes.
+    projector: 'svd', the leading singular vectors; 'sketch' ('sketch2'), one
+      (two) warm-started steps of orthogonal iteration, matmuls and a thin QR;
+      'random', Gaussian, drawn anew from a key and never stored; another of
+      `frugax.optim.projectors`, or a function as described there.
     moments: what becomes of the inner state at a refresh. 'keep' leaves the
       numbers although their coordinates now mean something else, as the
       published GaLore does. 'reset' starts all of it anew, counters and the
       leaves left whole included, so that bias corrections stay right; keep
-      schedules outside of `inner` then.
+      schedules outside of `inner` then. 'zero' only clears moments of projected
+      leaves, 'sign' flips coordinates whose vector was flipped, 'rotate' turns
+      them with the basis, 'ldadam' does so by LDAdam's estimate (with Adam's
+      usual decays), or a function: see `frugax.optim.moments`, also for inner
+      states whose field names are not the usual ones (`Moments`).
+    residual: what becomes of the gradient outside of the subspaces. 'drop' as
+      above; 'fira', 'sgd', 'sign', 'channel' and 'tensor' as described in
+      `frugax.optim.residuals`, or a function from its `Parts` to the update.
     axes: which axes of a leaf form its matrix. None: 2-D leaves are matrices,
       scalars and vectors are left whole, others are refused. Else a tree of the
       parameters' structure, or a function that makes it from them, with
       MatrixAxes, optax's Galore and Muon dimension numbers, or None to leave a
       leaf whole. `matrix_axes` makes it from logical axis names.
-    projector_dtype: dtype in which P is stored; None takes the parameter's. It
-      is computed in float32.
+    projector_dtype: how P is stored: a dtype, 'int4' or 'int8' (packed blocks);
+      None takes the parameter's dtype. It is computed in float32.
     key: a seed or a jax PRNG key for 'sketch' and 'random'. Each leaf folds in
       its path and the refresh, so that all hosts draw the same.
 
@@ -155,126 +137,172 @@ def low_rank(
     Halko, Martinsson and Tropp, `Finding structure with randomness
     <https://arxiv.org/abs/0909.4061>`_, 2009 (the sketch)
   """
-  _check_positive('rank', rank)
-  _check_positive('update_interval', update_interval)
+  leaves_lib.check_positive('rank', rank)
+  leaves_lib.check_positive('update_interval', update_interval)
   if side not in projectors_lib.SIDES:
     raise names.unknown('side', side, projectors_lib.SIDES)
-  if moments not in MOMENTS:
-    raise names.unknown('moments policy', moments, MOMENTS)
+  moments = moments_lib.by_name(moments)
+  residual = residuals_lib.by_name(residual)
   if not callable(projector) and projector not in projectors_lib.PROJECTORS:
     raise names.unknown('projector', projector, projectors_lib.PROJECTORS)
   build = projectors_lib.PROJECTORS.get(projector, projector)
   inner = optax.with_extra_args_support(inner)
 
   def describe(tree):
-    """The leaves of `tree`, its structure and what is static about each."""
-    found, treedef = jax.tree.flatten_with_path(tree)
-    leaves = []
-    for (path, x), spec in zip(found, resolve(tree, axes), strict=True):
-      if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(
-          f'{path_name(path)} is {x.dtype}: low_rank takes floating-point '
-          'leaves; hide the others from it with optax.masked'
-        )
-      bound = None
-      if spec is not None:
-        dtype = projector_dtype or x.dtype
-        bound = build(matrix_shape(x.shape, spec), rank, side, dtype)
-      leaves.append(_Leaf(path, x.shape, spec, bound))
-    return [x for _, x in found], treedef, leaves
-
-  def refresh(leaves, arrays, states, count):
-    base = jax.random.fold_in(_seed(key), count)
-    return [
-      leaf.projector.refresh(
-        as_matrix(x, leaf.axes),
-        state,
-        jax.random.fold_in(base, zlib.crc32(path_name(leaf.path).encode())),
-      )
-      if leaf.axes
-      else state
-      for leaf, x, state in zip(leaves, arrays, states, strict=True)
-    ]
+    return leaves_lib.describe(
+      tree,
+      resolve(tree, axes),
+      lambda shape, dtype: build(shape, rank, side, projector_dtype or dtype),
+      side,
+    )
 
   def init_small(leaves, arrays, treedef):
     def one(leaf, x):
       if leaf.axes is None:
         return x
-      size = jax.eval_shape(lambda x: leaf.small(x, leaf.projector.init()), x)
+      size = jax.eval_shape(
+        lambda x: leaf.small(leaf.matrix(x), leaf.projector.init()), x
+      )
       return jnp.zeros(size.shape, x.dtype)
 
     return treedef.unflatten(map(one, leaves, arrays))
 
+  def find_moments(leaves, arrays, treedef, inner_state):
+    tree = jax.eval_shape(lambda: init_small(leaves, arrays, treedef))
+    smalls = {
+      leaf.path: x.shape
+      for leaf, x in zip(leaves, treedef.flatten_up_to(tree), strict=True)
+      if leaf.axes
+    }
+    paths = [leaf.path for leaf in leaves]
+    return moments_lib.find(moments, inner_state, paths, smalls)
+
   def init_fn(params):
     arrays, treedef, leaves = describe(params)
-    states = [
-      leaf.projector.init() if leaf.axes else optax.MaskedNode()
-      for leaf in leaves
-    ]
+    for leaf in leaves:
+      if moments.turns and leaf.axes and leaf.projector.basis is None:
+        raise ValueError(
+          f'moments={moments.policy!r} needs the bases of the subspaces, which '
+          f'projector={projector!r} does not give (Projector.basis): use '
+          "'keep' or 'reset'"
+        )
+    inner_state = inner.init(init_small(leaves, arrays, treedef))
+    find_moments(leaves, arrays, treedef, inner_state)  # Refuses early.
+
+    def tree(one):
+      return treedef.unflatten(
+        one(leaf, x) if leaf.axes else optax.MaskedNode()
+        for leaf, x in zip(leaves, arrays, strict=True)
+      )
+
     return LowRankState(
       count=jnp.zeros([], jnp.int32),
-      projectors=treedef.unflatten(states),
-      inner=inner.init(init_small(leaves, arrays, treedef)),
+      projectors=tree(lambda leaf, x: leaf.projector.init()),
+      inner=inner_state,
+      residuals=tree(
+        lambda leaf, x: residual.init(matrix_shape(x.shape, leaf.axes), x.dtype)
+      ),
     )
 
   def update_fn(updates, state, params=None, **extra_args):
     arrays, treedef, leaves = describe(updates)
+    old = treedef.flatten_up_to(state.projectors)
+    memories = treedef.flatten_up_to(state.residuals)
+    grads = [
+      leaf.matrix(x, residual.carry and leaf.axes and residual.carry(memory))
+      for leaf, x, memory in zip(leaves, arrays, memories, strict=True)
+    ]
+    flat, inner_treedef = jax.tree.flatten(state.inner)
+    groups = find_moments(leaves, arrays, treedef, state.inner)
+    first = {g.leaf: g.first[0] for g in reversed(groups) if g.first}
 
-    # One predicate and one cond for the whole tree, never inside a vmap.
-    turns = state.count % update_interval == 0
-    states = jax.lax.cond(
-      turns,
-      lambda old: refresh(leaves, arrays, old, state.count),
-      lambda old: old,
-      treedef.flatten_up_to(state.projectors),
+    def refresh(old, turning):
+      base = jax.random.fold_in(leaves_lib.seed(key), state.count)
+      new = list(old)
+      for i, leaf in enumerate(leaves):
+        if leaf.axes is not None:
+          context = projectors_lib.Context(
+            key=jax.random.fold_in(base, leaf.hash()),
+            count=state.count // update_interval,
+            steps=state.count,
+            moment=flat[first[i]] if i in first else None,
+          )
+          found = leaf.projector.refresh(grads[i], old[i], context)
+          # As below: dtypes are those of init.
+          new[i] = jax.tree.map(lambda x, p: x.astype(p.dtype), found, old[i])
+      if moments.policy == 'reset':
+        whole = arrays if params is None else treedef.flatten_up_to(params)
+        fresh = jax.tree.leaves(inner.init(init_small(leaves, whole, treedef)))
+        # Gradients may be of another dtype than the parameters in init were.
+        return new, {i: fresh[i].astype(x.dtype) for i, x in turning.items()}
+      turns = {
+        g.leaf: leaves[g.leaf].turn(old[g.leaf], new[g.leaf], state.count)
+        for g in groups
+        if moments.turns
+      }
+      return new, moments_lib.turn(moments, groups, turning, turns)
+
+    # One predicate and one cond for the whole tree, never inside a vmap; only
+    # what a refresh changes goes through it.
+    states, turned = jax.lax.cond(
+      state.count % update_interval == 0,
+      refresh,
+      lambda *same: same,
+      old,
+      {i: flat[i] for i in moments.turning(groups, len(flat))},
     )
-    inner_state = state.inner
-    if moments == 'reset':
-      whole = arrays if params is None else treedef.flatten_up_to(params)
-      fresh = inner.init(init_small(leaves, whole, treedef))
-      # Gradients may be of another dtype than the parameters in init were.
-      inner_state = jax.tree.map(
-        lambda x, old: jnp.where(turns, x.astype(old.dtype), old),
-        fresh,
-        inner_state,
+    turned = [turned.get(i, x) for i, x in enumerate(flat)]
+
+    def shrink(xs):
+      return [
+        leaf.small(x, p) for leaf, x, p in zip(leaves, xs, states, strict=True)
+      ]
+
+    small = [
+      r.astype(x.dtype) for r, x in zip(shrink(grads), arrays, strict=True)
+    ]
+    if params is not None:
+      whole = treedef.flatten_up_to(params)
+      params = treedef.unflatten(
+        shrink(leaf.matrix(x) for leaf, x in zip(leaves, whole, strict=True))
       )
-
-    def shrink(tree):
-      xs = treedef.flatten_up_to(tree)
-      return treedef.unflatten(map(_Leaf.small, leaves, xs, states))
-
-    small, inner_state = inner.update(
-      shrink(updates),
-      inner_state,
-      None if params is None else shrink(params),
+    inner_updates, inner_state = inner.update(
+      treedef.unflatten(small),
+      inner_treedef.unflatten(turned),
+      params,
       **extra_args,
     )
-    updates = treedef.unflatten(
-      leaf.full(r, p, scale, g.dtype)
-      for leaf, r, p, g in zip(
-        leaves, treedef.flatten_up_to(small), states, arrays, strict=True
-      )
+    outputs = treedef.flatten_up_to(inner_updates)
+
+    def moment(i, of):
+      if i not in first:
+        raise ValueError(
+          'the residual policy asks for the first moment of '
+          f'{path_name(leaves[i].path)}, which the inner state does not have'
+        )
+      return wide(of[first[i]])
+
+    for i, leaf in enumerate(leaves):
+      if leaf.axes is not None:
+        parts = residuals_lib.Parts(
+          grad=wide(grads[i]),
+          small=wide(small[i]),
+          update=wide(outputs[i]),
+          back=leaf.back(states[i]),
+          scale=scale,
+          axis=-2 if leaf.rows else -1,
+          orthonormal=leaf.projector.orthonormal,
+          moment=functools.partial(moment, i, turned),
+          before=lambda i=i: leaves[i].back(old[i])(moment(i, flat)),
+        )
+        full, memories[i] = residual.update(parts, memories[i])
+        full = from_matrix(full, leaf.axes, leaf.shape)
+        outputs[i] = full.astype(arrays[i].dtype)
+    return treedef.unflatten(outputs), LowRankState(
+      count=optax.safe_increment(state.count),
+      projectors=treedef.unflatten(states),
+      inner=inner_state,
+      residuals=treedef.unflatten(memories),
     )
-    count = optax.safe_increment(state.count)
-    return updates, LowRankState(count, treedef.unflatten(states), inner_state)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _check_positive(name, value):
-  if isinstance(value, jax.Array):
-    raise ValueError(
-      f'{name} is fixed when the program is compiled, so it must be a Python '
-      f'int, not {value}: under optax.inject_hyperparams name it in static_args'
-    )
-  if not isinstance(value, numbers.Integral) or value < 1:
-    raise ValueError(f'{name}={value!r}: give an int of at least 1')
-
-
-def _seed(key):
-  """A key of jax's default kind, from a seed or from a key of any kind."""
-  if isinstance(key, jax.Array) and (
-    key.ndim or not jnp.issubdtype(key.dtype, jnp.integer)
-  ):
-    key = jax.random.bits(key, dtype=jnp.uint32)
-  return jax.random.key(key)

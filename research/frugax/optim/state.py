@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from frugax.quant import QTensor
+
 
 def state_bytes(
   tx: optax.GradientTransformation, params: Any
@@ -76,8 +78,9 @@ def state_shardings(
   parameter's axis, or of several neighbouring ones flattened, gets their mesh
   axes if they divide it; one of another size, such as a rank, is replicated. So
   for a kernel (layers, embed, heads, head_dim) moments of shape
-  (layers, rank, heads * head_dim) keep the mesh axes of layers and heads. A
-  leaf that belongs to no parameter is replicated.
+  (layers, rank, heads * head_dim) keep the mesh axes of layers and heads. The
+  packed codes of a QTensor are sharded as the first axis of its items would be.
+  A leaf that belongs to no parameter is replicated.
 
   Use it for `out_shardings` of a jitted `tx.init`, which by itself replicates
   what it allocates. Boxes that carry partition names must be taken off the
@@ -126,17 +129,38 @@ def state_shardings(
   def one(path, leaf):
     index = paths.find(path)
     if index is None:
-      return replicated
+      return jax.tree.map(lambda _: replicated, leaf)
     shape, sharding = leaves[index].shape, found[index]
-    if leaf.shape == shape:
+    if leaf.shape == shape and not _packed(leaf):
       return sharding
-    return NamedSharding(
-      sharding.mesh,
-      _derived_spec(leaf.shape, shape, sharding),
-      memory_kind=sharding.memory_kind,
-    )
+    spec = _derived_spec(leaf.shape, shape, sharding)
 
-  return jax.tree.map_with_path(one, state)
+    def sharded(x):
+      of_x = spec
+      if _packed(leaf):
+        # Of the flattened item the first axis is the slowest one.
+        of_x = PartitionSpec(*spec[: x.ndim])
+        if x.shape[-1] % _size(sharding.mesh, spec[x.ndim - 1 : x.ndim]):
+          of_x = PartitionSpec(*spec[: x.ndim - 1])
+      return NamedSharding(
+        sharding.mesh, of_x, memory_kind=sharding.memory_kind
+      )
+
+    return jax.tree.map(sharded, leaf)
+
+  return jax.tree.map_with_path(one, state, is_leaf=_packed)
+
+
+def _packed(x):
+  return isinstance(x, QTensor)
+
+
+def _size(mesh, entries):
+  """Number of shards of an axis with these entries of a PartitionSpec."""
+  axes = []
+  for entry in entries:
+    axes += entry if isinstance(entry, tuple) else [entry] if entry else []
+  return math.prod(mesh.shape[axis] for axis in axes)
 
 
 class _Paths:
@@ -173,8 +197,7 @@ def _derived_spec(shape, param_shape, sharding):
     axes = []
     for entry in spec[start:stop]:
       axes += entry if isinstance(entry, tuple) else [entry] if entry else []
-    divides = size % math.prod(sharding.mesh.shape[axis] for axis in axes) == 0
-    usable = axes if divides else []
+    usable = axes if size % _size(sharding.mesh, axes) == 0 else []
     entries.append(
       tuple(usable) if len(usable) > 1 else usable[0] if usable else None
     )

@@ -1,0 +1,116 @@
+"""What is static about each leaf of a tree whose matrices are projected."""
+
+import numbers
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from frugax.optim.adam import wide
+from frugax.optim.axes import MatrixAxes, as_matrix, matrix_shape, path_name
+from frugax.optim.moments import Turn
+from frugax.optim.projectors import Projector, projects_rows
+
+
+class Leaf(NamedTuple):
+  """One parameter; axes and projector are None if it is left whole.
+
+  Attributes:
+    path: its path in the tree.
+    shape: its shape, not as a matrix.
+    axes: which of its axes form the matrix.
+    rows: whether the projection takes the place of the row axis.
+    projector: the projector bound to its shape.
+  """
+
+  path: tuple[Any, ...]
+  shape: tuple[int, ...]
+  axes: MatrixAxes | None
+  rows: bool = True
+  projector: Projector | None = None
+
+  def hash(self) -> int:
+    """A number of its path, the same on every host."""
+    return zlib.crc32(path_name(self.path).encode())
+
+  def matrix(self, x, carried=None):
+    """An array as matrices, plus what is carried over from the last update."""
+    if self.axes is None:
+      return x
+    x = as_matrix(x, self.axes)
+    return x if carried is None else wide(x) + wide(carried)
+
+  def small(self, x, state):
+    """The projection of matrices; an array that is left whole stays."""
+    if self.axes is None:
+      return x
+    return self.projector.project(x, state).astype(x.dtype)
+
+  def back(self, state):
+    """The function from small matrices to full ones."""
+    return lambda r: self.projector.back(r, state)
+
+  def turn(self, old, new, steps):
+    """The change of basis from one projector state to another."""
+    basis = self.projector.basis
+    return Turn(basis(old), basis(new), steps, self.rows)
+
+
+def describe(
+  tree: Any,
+  specs: list[MatrixAxes | None],
+  build: Callable[[tuple[int, ...], Any], Projector],
+  side: str,
+) -> tuple[list[jax.Array], Any, list[Leaf]]:
+  """The arrays of a tree, its structure and what is static about each array.
+
+  Args:
+    tree: parameters or gradients.
+    specs: the matrix axes of each array, see `frugax.optim.axes.resolve`.
+    build: `(shape, dtype) -> Projector` for a leaf as matrices.
+    side: which side is projected.
+
+  Returns:
+    Arrays, tree structure and leaves.
+
+  Raises:
+    ValueError: an array that is not floating-point.
+  """
+  found, treedef = jax.tree.flatten_with_path(tree)
+  leaves = []
+  for (path, x), spec in zip(found, specs, strict=True):
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise ValueError(
+        f'{path_name(path)} is {x.dtype}: low_rank takes floating-point '
+        'leaves; hide the others from it with optax.masked'
+      )
+    leaf = Leaf(path, x.shape, spec)
+    if spec is not None:
+      shape = matrix_shape(x.shape, spec)
+      leaf = leaf._replace(
+        rows=projects_rows(*shape[-2:], side), projector=build(shape, x.dtype)
+      )
+    leaves.append(leaf)
+  return [x for _, x in found], treedef, leaves
+
+
+def check_positive(name: str, value: Any) -> None:
+  """Refuse what is no int of at least 1, traced numbers included."""
+  if isinstance(value, jax.Array):
+    raise ValueError(
+      f'{name} is fixed when the program is compiled, so it must be a Python '
+      f'int, not {value}: under optax.inject_hyperparams name it in static_args'
+    )
+  if not isinstance(value, numbers.Integral) or value < 1:
+    raise ValueError(f'{name}={value!r}: give an int of at least 1')
+
+
+def seed(key: jax.Array | int) -> jax.Array:
+  """A key of jax's default kind, from a seed or from a key of any kind."""
+  if isinstance(key, jax.Array) and (
+    key.ndim or not jnp.issubdtype(key.dtype, jnp.integer)
+  ):
+    key = jax.random.bits(key, dtype=jnp.uint32)
+  return jax.random.key(key)

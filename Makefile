@@ -1,7 +1,8 @@
 # make train   train a small LLaMA on the Python standard library, from nothing
 # make test    run the tests
 # make parity  compare with the transformers package's LLaMA
-# make bench   time the training step against a hand-written one
+# make bench   time the step and the optimizers against hand-written ones
+# make bench-peers  time the optimizers against PyTorch's
 # Each makes the virtual environment that it needs. PYTHON=python3.12 chooses
 # the interpreter; VENV=DIR where the environment lives.
 
@@ -21,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export JAX_PLATFORMS ?= cpu
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: train test lint smoke parity bench clean
+.PHONY: train test lint smoke parity bench bench-peers clean
 
 train: $(READY)
 	$(PY) -m frugax.train.corpus --data_dir=data
@@ -43,6 +44,13 @@ parity: $(PARITY_VENV)/ready-$(VERSION)
 
 bench: $(READY)
 	$(PY) research/studies/bench_step.py
+	$(PY) research/studies/bench_optim.py
+
+# galore-torch and pytorch-optimizer, in an environment of their own.
+bench-peers: $(READY)
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet torch==2.13.0 galore-torch pytorch-optimizer
+	$(PY) research/studies/bench_peers.py --python .venv-peers/bin/python
 
 clean:
 	rm -rf .venv .venv-* .cache

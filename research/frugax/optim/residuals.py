@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from frugax import names
-from frugax.optim.limits import growth_factor, limit_growth
+from frugax.optim.limits import growth_factor
 
 
 class Parts(NamedTuple):
@@ -183,9 +183,14 @@ def tensor(threshold: jax.typing.ArrayLike = 1.01) -> Residual:
 
 def _scaled_gradient(threshold, axis):
   def update(parts, previous):
-    scaled = parts.grad * _ratio(parts, axis(parts))
-    scaled, norms = limit_growth(scaled, previous, threshold)
-    return jnp.sqrt(parts.scale) * scaled, norms
+    ratio = _ratio(parts, axis(parts))
+    # The norm comes from those of the rows, columns or whole of G: the update
+    # need not exist before its factor is known.
+    squares = jnp.sum(jnp.square(parts.grad), axis=axis(parts), keepdims=True)
+    norms = jnp.sqrt(jnp.sum(jnp.square(ratio) * squares, axis=(-2, -1)))
+    factor = growth_factor(norms, previous, threshold)
+    ratio *= jnp.sqrt(parts.scale) * factor[..., None, None]
+    return parts.grad * ratio, norms * factor
 
   return Residual(_norms, update)
 

@@ -56,6 +56,7 @@ def test_override_takes_its_value_from_the_next_argument():
     ('--config.steps=1.5', "steps='1.5' is no int; it is 1200 now"),
     ('--config.skip_nonfinite=maybe', "='maybe' is no bool"),
     ('--config.data=7', 'is a section; set one of its keys'),
+    ('--config.groups.head=5', 'a group is a section: set groups.head.match'),
     ('--config.steps', 'needs a value'),
     ('--steps=7', "unknown argument '--steps=7'"),
   ],

@@ -229,7 +229,7 @@ def test_another_models_checkpoint_is_refused(
 
 
 def test_the_best_checkpoint_is_kept(make_config, tmp_path, monkeypatch):
-  losses = iter([3.0, 1.0, 2.0, 2.0, 2.0, 2.0])
+  losses = iter([float('nan'), 1.0, 2.0, 2.0, 2.0, 2.0])
 
   def evaluation(sums, compat):
     del sums, compat

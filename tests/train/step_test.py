@@ -191,6 +191,12 @@ def test_eval_step_sums(make_config):
     ({'projected': 'attention/'}, 'matches no parameter; there are: embed/'),
     ({'decayed': '('}, 'is no regular expression'),
     ({'groups__head__name': 'adamw'}, 'groups.head has no `match`'),
+    ({'optimizer__eps': 'small'}, 'optimizer galore cannot run with'),
+    ({'optimizer__state_dtype': 'bf17'}, 'optimizer galore cannot run with'),
+    (
+      {'schedule__warmup_steps': -5},
+      'warmup_steps must be an int of 0 or more',
+    ),
   ],
 )
 def test_bad_configs_fail_before_compilation(overrides, message, make_config):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from frugax import optim
-from frugax.optim import projectors
+from frugax.optim import projection, projectors
 
 
 def formula(torch_rows):
@@ -22,7 +22,7 @@ def formula(torch_rows):
     s = jnp.sin(1.3 * (a + 1) + 2.1 * (b + 1) * (a + 2))
     return s * (1 + 0.5 * context.count) / jnp.sqrt(rank)
 
-  return projectors.from_context(find)
+  return projection.from_context(find)
 
 
 @pytest.mark.parametrize('front', [True, False])

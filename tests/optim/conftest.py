@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from frugax.optim import projectors
+from frugax.optim import projection, projectors
 
 
 def reference_problem(m, n, steps=12):
@@ -41,7 +41,7 @@ def run_trace(tx: optax.GradientTransformation, shape: str) -> np.ndarray:
   return np.array(rows)
 
 
-def svd_with_signs(signs: list[list[int]]) -> projectors.ProjectorFn:
+def svd_with_signs(signs: list[list[int]]) -> projection.ProjectorFn:
   """The SVD projector, its vectors multiplied by signs[refresh]."""
 
   def build(shape, rank, side, dtype):
@@ -53,7 +53,7 @@ def svd_with_signs(signs: list[list[int]]) -> projectors.ProjectorFn:
       flips = flips[:, None] if basis.shape[0] == rank else flips
       return {'basis': basis * flips, 'refreshes': state['refreshes'] + 1}
 
-    return projectors.Projector(
+    return projection.Projector(
       init=lambda: {
         'basis': svd.init(),
         'refreshes': jnp.zeros([], jnp.int32),
@@ -68,7 +68,7 @@ def svd_with_signs(signs: list[list[int]]) -> projectors.ProjectorFn:
 
 
 @pytest.fixture(name='with_signs')
-def _with_signs() -> Callable[[list[list[int]]], projectors.ProjectorFn]:
+def _with_signs() -> Callable[[list[list[int]]], projection.ProjectorFn]:
   return svd_with_signs
 
 

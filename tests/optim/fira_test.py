@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from frugax import optim
-from frugax.optim import projectors
+from frugax.optim import projection
 
 
 # The trace is free of LAPACK's choice of signs up to the refresh at step 5.
@@ -140,7 +140,7 @@ def test_norms_without_a_matmul_are_those_with_one(uses_alpha):
     return np.array(seen), updates
 
   fast, slow = (
-    run(projectors.from_basis(svd, orthonormal))
+    run(projection.from_basis(svd, orthonormal))
     for orthonormal in (True, False)
   )
   jax.tree.map(
@@ -149,7 +149,7 @@ def test_norms_without_a_matmul_are_those_with_one(uses_alpha):
     slow,
   )
   wrong, right = (
-    run(projectors.from_basis(twice, orthonormal))
+    run(projection.from_basis(twice, orthonormal))
     for orthonormal in (True, False)
   )
   assert np.abs(wrong[0] / right[0] - 1).max() > 0.05

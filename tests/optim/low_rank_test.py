@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from frugax import optim
-from frugax.optim import projectors
+from frugax.optim import projection, projectors
 
 
 def last_two(params):
@@ -37,7 +37,7 @@ SIZES = st.sampled_from([1, 2, 3, 5, 7, 8, 13])
   m=SIZES,
   n=SIZES,
   rank=st.integers(1, 9),
-  side=st.sampled_from(projectors.SIDES),
+  side=st.sampled_from(projection.SIDES),
   projector=st.sampled_from(['svd', 'sketch']),
 )
 def test_any_shape_is_projected_orthogonally(
@@ -75,7 +75,7 @@ def refresh(projector, g, rank, times=1, state=None, key=0):
   p = projector(g.shape, rank, 'left', jnp.float32)
   state = p.init() if state is None else state
   for i in range(times):
-    context = projectors.Context(jax.random.fold_in(jax.random.key(key), i))
+    context = projection.Context(jax.random.fold_in(jax.random.key(key), i))
     state = p.refresh(g, state, context)
   return state
 
@@ -210,13 +210,12 @@ def test_the_decomposition_is_under_one_cond():
   tree = {'a': jnp.ones((3, 4, 5)), 'b': jnp.ones((6, 3)), 'c': jnp.ones(3)}
   tx = optim.low_rank(optax.identity(), 1, axes=last_two)
   jaxpr = jax.make_jaxpr(tx.update)(tree, tx.init(tree))
-  top = [eqn.primitive.name for eqn in jaxpr.eqns]
-  assert top.count('cond') == 1
-  (cond,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == 'cond']
+  conds = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == 'cond']
+  # Others choose by platform, when the program is compiled.
+  (cond,) = [eqn for eqn in conds if 'svd[' in str(eqn.params['branches'])]
   branches = sorted(str(b).count('= svd[') for b in cond.params['branches'])
-  # The stack's has a version for CPUs and one for other platforms.
-  assert branches == [0, 3]
-  assert str(jaxpr).count('= svd[') == 3
+  assert branches == [0, 2]  # One a leaf: the stack loops over its layers.
+  assert str(jaxpr).count('= svd[') == 2
 
 
 def test_inner_sees_one_tree_and_projected_parameters():
@@ -269,7 +268,7 @@ def test_parameters_are_needed_only_if_inner_needs_them():
 def test_full_rank_equals_the_transformation_in_the_turned_basis(inner):
   """Its trajectory is inner's own on P^T W, turned back by P."""
   w, p = normal((4, 6)), np.linalg.qr(np.asarray(normal((4, 4), 1)))[0]
-  projector = projectors.from_basis(lambda g, old, rank, key: jnp.asarray(p))
+  projector = projection.from_basis(lambda g, old, rank, key: jnp.asarray(p))
   tx = optim.low_rank(inner, rank=4, projector=projector)
   # The first subspace appears with the first gradient, so inner.init sees
   # zeros: start both there.
@@ -342,7 +341,12 @@ def test_tree_without_matrices():
     ({'rank': jnp.float32(3)}, 'rank is fixed.*static_args'),
     ({'update_interval': 0}, 'update_interval=0'),
     ({'side': 'shrt'}, "unknown side 'shrt': did you mean 'short'"),
-    ({'side': 'both'}, "unknown side 'both'"),
+    ({'side': 'bot'}, "unknown side 'bot': did you mean 'both'"),
+    ({'refresh': 'lasy'}, "unknown refresh schedule 'lasy'.*'lazy'"),
+    (
+      {'refresh': 'staggered', 'moments': 'reset'},
+      "moments='reset' .* refresh='staggered'.*'zero'",
+    ),
     ({'projector': 'svdd'}, "unknown projector 'svdd': did you mean 'svd'"),
     ({'moments': 'kep'}, "unknown moments policy 'kep': did you mean 'keep'"),
   ],

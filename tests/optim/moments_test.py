@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from frugax import optim
-from frugax.optim import linalg, moments, projectors
+from frugax.optim import linalg, moments, projection, projectors
 
 
 def last_two(params):
@@ -26,7 +26,7 @@ def orthonormal(m, r, seed):
 def given(bases):
   """A projector whose basis at each refresh is given, for the row side."""
   bases = jnp.asarray(np.stack(bases))
-  return projectors.from_context(
+  return projection.from_context(
     lambda g, old, rank, context: jnp.broadcast_to(
       bases[context.count], old.shape
     )
@@ -121,7 +121,7 @@ def flipped(flips):
     basis = linalg.left_vectors(g)[..., :rank]
     return basis * flips[context.count]
 
-  return projectors.from_context(find)
+  return projection.from_context(find)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_a_projector_without_a_basis_is_refused():
 
   g = jnp.ones((4, 6))
   tx = optim.low_rank(optax.trace(0.9), 2, projector=build, moments='rotate')
-  with pytest.raises(ValueError, match=r"'rotate' needs.*Projector.basis"):
+  with pytest.raises(ValueError, match=r"Projector.basis.*'rotate'"):
     tx.init(g)
   optim.low_rank(optax.trace(0.9), 2, projector=build).init(g)
 

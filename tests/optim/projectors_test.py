@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from frugax import optim, quant
-from frugax.optim import projectors
+from frugax.optim import projection, projectors
 
 
 def normal(shape, seed=0):
@@ -29,7 +29,7 @@ def last_two(params):
 
 
 def context(i=0):
-  return projectors.Context(jax.random.key(i), i)
+  return projection.Context(jax.random.key(i), i)
 
 
 def refreshed(name, g, rank, side='short', dtype=jnp.float32):
@@ -39,7 +39,7 @@ def refreshed(name, g, rank, side='short', dtype=jnp.float32):
 
 
 @pytest.mark.parametrize('name', projectors.PROJECTORS)
-@pytest.mark.parametrize('side', projectors.SIDES)
+@pytest.mark.parametrize('side', projection.SIDES)
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int4'])
 def test_project_and_back_are_the_basis(name, side, dtype):
   """R = B^T G and B R, or from the right, whatever the basis is stored in."""
@@ -49,7 +49,7 @@ def test_project_and_back_are_the_basis(name, side, dtype):
   assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == empty
   basis = np.asarray(projector.basis(state), np.float64)
   assert projector.basis(state).dtype == jnp.float32
-  rows = projectors.projects_rows(6, 10, side)
+  rows = projection.projects_rows(6, 10, side)
   assert basis.shape == ((2, 6, 4) if rows else (2, 10, 4))
   g64 = np.asarray(g, np.float64)
   small = basis.swapaxes(1, 2) @ g64 if rows else g64 @ basis
@@ -155,12 +155,12 @@ def test_projectors_have_no_such_dtype(dtype):
 @given(
   shape=st.sampled_from([(1, 1), (1, 7), (5, 3), (3, 8, 5), (2, 2, 4, 6)]),
   rank=st.integers(1, 9),
-  side=st.sampled_from(projectors.SIDES),
+  side=st.sampled_from(projection.SIDES),
 )
 def test_coordinates_keep_the_rows_of_largest_norm(shape, rank, side):
   g = normal(shape)
   projector, state = refreshed('coordinates', g, rank, side)
-  rows = projectors.projects_rows(*shape[-2:], side)
+  rows = projection.projects_rows(*shape[-2:], side)
   rank = min(rank, *shape[-2:])
   lines = np.asarray(g if rows else g.mT)
   kept = np.asarray(projector.back(projector.project(g, state), state))

@@ -11,7 +11,7 @@ from frugax.optim import residuals
 from frugax.optim.adam import correct_bias, scale_by_adam_hf, step_and_decay
 from frugax.optim.low_rank import low_rank
 from frugax.optim.moments import Moments, PolicyFn, for_adam
-from frugax.optim.projectors import ProjectorFn
+from frugax.optim.projection import ProjectorFn
 
 SCALINGS = {'channel': residuals.channel, 'tensor': residuals.tensor}
 

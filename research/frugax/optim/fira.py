@@ -10,7 +10,8 @@ from frugax.optim import residuals
 from frugax.optim.adam import correct_bias, scale_by_adam_hf, step_and_decay
 from frugax.optim.low_rank import low_rank
 from frugax.optim.moments import Moments, PolicyFn, for_adam
-from frugax.optim.projectors import ProjectorFn
+from frugax.optim.projection import ProjectorFn
+from frugax.optim.refreshes import Schedule
 
 
 def fira(
@@ -21,6 +22,7 @@ def fira(
   side: str = 'short',
   projector: str | ProjectorFn = 'svd',
   moments: str | PolicyFn | Moments = 'keep',
+  refresh: str | Schedule = 'together',
   threshold: jax.typing.ArrayLike = 1.01,
   residual_uses_alpha: bool = True,
   b1: jax.typing.ArrayLike = 0.9,
@@ -63,9 +65,10 @@ def fira(
     update_interval: steps from one refresh of the subspaces to the next.
     scale: :math:`\alpha`; applied to projected leaves only. The authors use
       0.25, and 0.0625 from a billion parameters on.
-    side: 'short', 'long', 'left' or 'right', see `low_rank`.
+    side: 'short', 'long', 'left', 'right' or 'both', see `low_rank`.
     projector: 'svd', 'sketch', 'random' or a function, see `low_rank`.
     moments: what a refresh does to Adam's moments, see `low_rank`.
+    refresh: 'together', 'staggered' or 'lazy', see `low_rank`.
     threshold: :math:`\gamma`, the largest growth of the norm of S in a step.
     residual_uses_alpha: whether S lacks :math:`\alpha P R` or :math:`P R`.
     b1: decay of the first moment.
@@ -114,6 +117,7 @@ def fira(
       side=side,
       projector=projector,
       moments=for_adam(moments, b1, b2),
+      refresh=refresh,
       residual=residuals.fira(threshold, residual_uses_alpha),
       axes=axes,
       projector_dtype=projector_dtype,

@@ -13,7 +13,7 @@ from frugax.optim.factored import (
 )
 from frugax.optim.low_rank import low_rank
 from frugax.optim.moments import Moments, PolicyFn
-from frugax.optim.projectors import ProjectorFn
+from frugax.optim.projection import ProjectorFn
 from frugax.optim.subspace import scale_by_momentum
 
 

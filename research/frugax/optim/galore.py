@@ -9,7 +9,8 @@ import optax
 from frugax.optim.adam import scale_by_adam_hf, step_and_decay
 from frugax.optim.low_rank import low_rank
 from frugax.optim.moments import Moments, PolicyFn, for_adam
-from frugax.optim.projectors import ProjectorFn
+from frugax.optim.projection import ProjectorFn
+from frugax.optim.refreshes import Schedule
 
 
 def galore(
@@ -20,6 +21,7 @@ def galore(
   side: str = 'short',
   projector: str | ProjectorFn = 'svd',
   moments: str | PolicyFn | Moments = 'keep',
+  refresh: str | Schedule = 'together',
   b1: jax.typing.ArrayLike = 0.9,
   b2: jax.typing.ArrayLike = 0.999,
   eps: jax.typing.ArrayLike = 1e-6,
@@ -67,11 +69,12 @@ def galore(
     rank: dimension of the subspaces.
     update_interval: steps from one refresh of the subspaces to the next.
     scale: :math:`\alpha`; applied to projected leaves only.
-    side: 'short', 'long', 'left' or 'right', see `low_rank`.
+    side: 'short', 'long', 'left', 'right' or 'both', see `low_rank`.
     projector: 'svd', 'sketch', 'random' or a function, see `low_rank`.
     moments: what a refresh does to Adam's moments: 'keep', 'reset', 'zero',
       'sign', 'rotate', 'ldadam' or a function, see `low_rank`. With 'rotate'
       nothing depends on the signs of singular vectors.
+    refresh: 'together', 'staggered' or 'lazy', see `low_rank`.
     b1: decay of the first moment.
     b2: decay of the second moment.
     eps: added to the root of the uncorrected second moment.
@@ -115,6 +118,7 @@ def galore(
       side=side,
       projector=projector,
       moments=for_adam(moments, b1, b2),
+      refresh=refresh,
       axes=axes,
       projector_dtype=projector_dtype,
       key=key,

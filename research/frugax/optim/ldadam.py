@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from frugax.optim import linalg, moments, projectors, residuals
+from frugax.optim import linalg, moments, projection, residuals
 from frugax.optim.adam import scale_by_adam_hf
 from frugax.optim.low_rank import low_rank
 
@@ -123,7 +123,7 @@ def ldadam(
 
 def momentum_basis(
   b1: jax.typing.ArrayLike, rho: jax.typing.ArrayLike
-) -> projectors.ProjectorFn:
+) -> projection.ProjectorFn:
   r"""One power iteration on a mean of momentum and gradient.
 
   .. math::
@@ -155,4 +155,4 @@ def momentum_basis(
       lambda: follow(g, old, context.moment, context.steps),
     )
 
-  return projectors.from_context(find)
+  return projection.from_context(find)

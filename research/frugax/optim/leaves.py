@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from frugax.optim.adam import wide
 from frugax.optim.axes import MatrixAxes, as_matrix, matrix_shape, path_name
 from frugax.optim.moments import Turn
-from frugax.optim.projectors import Projector, projects_rows
+from frugax.optim.projection import Projector, projects_rows
 
 
 class Leaf(NamedTuple):
@@ -21,15 +21,30 @@ class Leaf(NamedTuple):
     path: its path in the tree.
     shape: its shape, not as a matrix.
     axes: which of its axes form the matrix.
-    rows: whether the projection takes the place of the row axis.
+    rows: whether the projection takes the place of the row axis; None if of
+      both.
     projector: the projector bound to its shape.
+    layers: how many items are refreshed on their own.
+    stacked: whether they lie along a leading axis, of the gradient as matrices
+      as of the projector's state.
+    layer: the projector of one item.
+    small_shape: the shape of the small matrices.
   """
 
   path: tuple[Any, ...]
   shape: tuple[int, ...]
   axes: MatrixAxes | None
-  rows: bool = True
+  rows: bool | None = True
   projector: Projector | None = None
+  layers: int = 1
+  stacked: bool = False
+  layer: Projector | None = None
+  small_shape: tuple[int, ...] | None = None
+
+  @property
+  def axis(self) -> int | tuple[int, int]:
+    """What is projected: an axis of the matrices, or both."""
+    return (-2, -1) if self.rows is None else -2 if self.rows else -1
 
   def hash(self) -> int:
     """A number of its path, the same on every host."""
@@ -52,10 +67,12 @@ class Leaf(NamedTuple):
     """The function from small matrices to full ones."""
     return lambda r: self.projector.back(r, state)
 
-  def turn(self, old, new, steps):
-    """The change of basis from one projector state to another."""
-    basis = self.projector.basis
-    return Turn(basis(old), basis(new), steps, self.rows)
+  def turns(self, old, new, steps):
+    """The changes of basis from one state of `layer` to another, by side."""
+    old, new = self.layer.basis(old), self.layer.basis(new)
+    if self.rows is not None:
+      return (Turn(old, new, steps, self.rows),)
+    return tuple(map(Turn, old, new, (steps, steps), (True, False)))
 
 
 def describe(
@@ -90,10 +107,52 @@ def describe(
     if spec is not None:
       shape = matrix_shape(x.shape, spec)
       leaf = leaf._replace(
-        rows=projects_rows(*shape[-2:], side), projector=build(shape, x.dtype)
+        rows=None if side == 'both' else projects_rows(*shape[-2:], side),
+        projector=build(shape, x.dtype),
+        layer=build(shape, x.dtype),
       )
+      if _stacks(build, shape, x.dtype):
+        leaf = leaf._replace(
+          layers=shape[0], stacked=True, layer=build(shape[1:], x.dtype)
+        )
+      small = jax.eval_shape(
+        lambda x, leaf=leaf: leaf.small(leaf.matrix(x), leaf.projector.init()),
+        x,
+      )
+      leaf = leaf._replace(small_shape=small.shape)
     leaves.append(leaf)
   return [x for _, x in found], treedef, leaves
+
+
+def _stacks(build, shape, dtype):
+  """Whether a stack's projector state has an item for each of its layers.
+
+  A random key, or anything that all layers share, does not grow with them.
+  """
+  if len(shape) < 3:
+    return False
+  height, *rest = shape
+  low, high = (
+    jax.eval_shape(build((h, *rest), dtype).init) for h in (height, height + 1)
+  )
+  return jax.tree.all(
+    jax.tree.map(
+      lambda a, b: a.shape == (height, *b.shape[1:]) and a.shape != b.shape,
+      low,
+      high,
+    )
+  )
+
+
+def check_bases(leaves: list[Leaf], needed_by: str) -> None:
+  """Refuse projectors without a basis where something turns with it."""
+  for leaf in leaves:
+    if leaf.axes and leaf.projector.basis is None:
+      raise ValueError(
+        f'the projector of {path_name(leaf.path)} does not give its basis '
+        f'(Projector.basis), which moments and refresh need to be {needed_by}: '
+        "use moments='keep' or 'reset' and refresh='together' or 'staggered'"
+      )
 
 
 def check_positive(name: str, value: Any) -> None:

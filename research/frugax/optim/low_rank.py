@@ -11,7 +11,9 @@ import optax
 from frugax import names
 from frugax.optim import leaves as leaves_lib
 from frugax.optim import moments as moments_lib
+from frugax.optim import projection
 from frugax.optim import projectors as projectors_lib
+from frugax.optim import refreshes as refreshes_lib
 from frugax.optim import residuals as residuals_lib
 from frugax.optim.adam import wide
 from frugax.optim.axes import from_matrix, matrix_shape, path_name, resolve
@@ -27,12 +29,14 @@ class LowRankState(NamedTuple):
     inner: the state of the wrapped transformation, on the small matrices.
     residuals: a tree like the parameters with what the residual policy
       remembers of each matrix, such as norms; nothing for most.
+    refreshes: the same of the refresh schedule.
   """
 
   count: jax.Array
   projectors: Any
   inner: optax.OptState
   residuals: Any
+  refreshes: Any
 
 
 def low_rank(
@@ -41,9 +45,10 @@ def low_rank(
   update_interval: int = 200,
   scale: jax.typing.ArrayLike = 1.0,
   side: str = 'short',
-  projector: str | projectors_lib.ProjectorFn = 'svd',
+  projector: str | projection.ProjectorFn = 'svd',
   moments: str | moments_lib.PolicyFn | moments_lib.Moments = 'keep',
   residual: str | residuals_lib.Residual | Callable[..., jax.Array] = 'drop',
+  refresh: str | refreshes_lib.Schedule = 'together',
   axes: Any | Callable[[Any], Any] | None = None,
   projector_dtype: jax.typing.DTypeLike | None = None,
   key: jax.Array | int = 0,
@@ -68,11 +73,12 @@ def low_rank(
   their values finds zeros for the projected leaves, there being no subspace
   before the first gradient.
 
-  The refresh is under a single `lax.cond` for all leaves, and batch axes are
-  carried through the linear algebra: inside a `vmap` over parameters it would
-  run at every update, so stack them and name the batch axes instead. The
-  refresh of a sharded gradient gathers that gradient, since XLA does not
-  partition SVD and QR; the updates between refreshes do not.
+  Batch axes are carried through the linear algebra: inside a `vmap` over
+  parameters a refresh would run at every update, so stack them and name the
+  batch axes instead. The layers of a stack, along its first batch axis, are
+  refreshed one after the other: keep that axis unsharded. With 'svd' the
+  refresh of a sharded gradient gathers the gradient of one layer, since XLA
+  does not partition it; 'sketch' gathers nothing larger than its basis.
 
   Args:
     inner: the transformation to run in the subspaces, without learning rate.
@@ -81,8 +87,9 @@ def low_rank(
     update_interval: updates from one refresh of the subspaces to the next.
     scale: :math:`\alpha`, multiplies the updates of projected leaves only.
     side: which side is projected: 'short', 'long', 'left' (rows, the input
-      side of a kernel) or 'right' (columns). A square matrix is projected on
-      its rows by 'short'.
+      side of a kernel), 'right' (columns), or 'both', for which the small
+      matrices are (r, r) and residual policies know one factor a matrix. A
+      square matrix is projected on its rows by 'short'.
     projector: 'svd', the leading singular vectors; 'sketch' ('sketch2'), one
       (two) warm-started steps of orthogonal iteration, matmuls and a thin QR;
       'random', Gaussian, drawn anew from a key and never stored; another of
@@ -99,6 +106,12 @@ def low_rank(
     residual: what becomes of the gradient outside of the subspaces. 'drop' as
       above; 'fira', 'sgd', 'sign', 'channel' and 'tensor' as described in
       `frugax.optim.residuals`, or a function from its `Parts` to the update.
+    refresh: when subspaces are refreshed: 'together', all at the same steps;
+      'staggered', all at the first step and from then on each layer at its own
+      step of the interval, of N matrices at most :math:`\lceil N/n \rceil` a
+      step; 'lazy', Q-GaLore's, those that hardly turn less often; or as made by
+      `frugax.optim.refreshes.lazy`. Staggered layers have different phases: a
+      stack is not trained quite as its layers alone would be.
     axes: which axes of a leaf form its matrix. None: 2-D leaves are matrices,
       scalars and vectors are left whole, others are refused. Else a tree of the
       parameters' structure, or a function that makes it from them, with
@@ -139,13 +152,22 @@ def low_rank(
   """
   leaves_lib.check_positive('rank', rank)
   leaves_lib.check_positive('update_interval', update_interval)
-  if side not in projectors_lib.SIDES:
-    raise names.unknown('side', side, projectors_lib.SIDES)
+  sides = (*projection.SIDES, 'both')
+  if side not in sides:
+    raise names.unknown('side', side, sides)
   moments = moments_lib.by_name(moments)
+  schedule = refreshes_lib.by_name(refresh)
+  if moments.policy == 'reset' and not schedule.together:
+    raise ValueError(
+      f"moments='reset' starts the inner state of all leaves anew at once, "
+      f"which refresh={refresh!r} has no step for: use 'zero', or 'together'"
+    )
   residual = residuals_lib.by_name(residual)
   if not callable(projector) and projector not in projectors_lib.PROJECTORS:
     raise names.unknown('projector', projector, projectors_lib.PROJECTORS)
   build = projectors_lib.PROJECTORS.get(projector, projector)
+  if side == 'both':
+    build = projection.both(build)
   inner = optax.with_extra_args_support(inner)
 
   def describe(tree):
@@ -157,37 +179,21 @@ def low_rank(
     )
 
   def init_small(leaves, arrays, treedef):
-    def one(leaf, x):
-      if leaf.axes is None:
-        return x
-      size = jax.eval_shape(
-        lambda x: leaf.small(leaf.matrix(x), leaf.projector.init()), x
-      )
-      return jnp.zeros(size.shape, x.dtype)
+    return treedef.unflatten(
+      jnp.zeros(leaf.small_shape, x.dtype) if leaf.axes else x
+      for leaf, x in zip(leaves, arrays, strict=True)
+    )
 
-    return treedef.unflatten(map(one, leaves, arrays))
-
-  def find_moments(leaves, arrays, treedef, inner_state):
-    tree = jax.eval_shape(lambda: init_small(leaves, arrays, treedef))
-    smalls = {
-      leaf.path: x.shape
-      for leaf, x in zip(leaves, treedef.flatten_up_to(tree), strict=True)
-      if leaf.axes
-    }
-    paths = [leaf.path for leaf in leaves]
-    return moments_lib.find(moments, inner_state, paths, smalls)
+  def find_moments(leaves, inner_state):
+    smalls = {leaf.path: leaf.small_shape for leaf in leaves}
+    return moments_lib.find(moments, inner_state, smalls)
 
   def init_fn(params):
     arrays, treedef, leaves = describe(params)
-    for leaf in leaves:
-      if moments.turns and leaf.axes and leaf.projector.basis is None:
-        raise ValueError(
-          f'moments={moments.policy!r} needs the bases of the subspaces, which '
-          f'projector={projector!r} does not give (Projector.basis): use '
-          "'keep' or 'reset'"
-        )
+    if moments.turns or schedule.after:
+      leaves_lib.check_bases(leaves, f'{moments.policy!r}, {refresh!r}')
     inner_state = inner.init(init_small(leaves, arrays, treedef))
-    find_moments(leaves, arrays, treedef, inner_state)  # Refuses early.
+    find_moments(leaves, inner_state)  # Refuses early.
 
     def tree(one):
       return treedef.unflatten(
@@ -202,56 +208,46 @@ def low_rank(
       residuals=tree(
         lambda leaf, x: residual.init(matrix_shape(x.shape, leaf.axes), x.dtype)
       ),
+      refreshes=tree(
+        lambda leaf, x: schedule.init(leaf.layers, update_interval)
+      ),
     )
 
   def update_fn(updates, state, params=None, **extra_args):
     arrays, treedef, leaves = describe(updates)
     old = treedef.flatten_up_to(state.projectors)
     memories = treedef.flatten_up_to(state.residuals)
+    schedules = treedef.flatten_up_to(state.refreshes)
+    projected = [i for i, leaf in enumerate(leaves) if leaf.axes is not None]
     grads = [
       leaf.matrix(x, residual.carry and leaf.axes and residual.carry(memory))
       for leaf, x, memory in zip(leaves, arrays, memories, strict=True)
     ]
     flat, inner_treedef = jax.tree.flatten(state.inner)
-    groups = find_moments(leaves, arrays, treedef, state.inner)
+    groups = find_moments(leaves, state.inner)
     first = {g.leaf: g.first[0] for g in reversed(groups) if g.first}
 
-    def refresh(old, turning):
-      base = jax.random.fold_in(leaves_lib.seed(key), state.count)
-      new = list(old)
-      for i, leaf in enumerate(leaves):
-        if leaf.axes is not None:
-          context = projectors_lib.Context(
-            key=jax.random.fold_in(base, leaf.hash()),
-            count=state.count // update_interval,
-            steps=state.count,
-            moment=flat[first[i]] if i in first else None,
-          )
-          found = leaf.projector.refresh(grads[i], old[i], context)
-          # As below: dtypes are those of init.
-          new[i] = jax.tree.map(lambda x, p: x.astype(p.dtype), found, old[i])
-      if moments.policy == 'reset':
-        whole = arrays if params is None else treedef.flatten_up_to(params)
-        fresh = jax.tree.leaves(inner.init(init_small(leaves, whole, treedef)))
-        # Gradients may be of another dtype than the parameters in init were.
-        return new, {i: fresh[i].astype(x.dtype) for i, x in turning.items()}
-      turns = {
-        g.leaf: leaves[g.leaf].turn(old[g.leaf], new[g.leaf], state.count)
-        for g in groups
-        if moments.turns
-      }
-      return new, moments_lib.turn(moments, groups, turning, turns)
+    def reset():
+      whole = arrays if params is None else treedef.flatten_up_to(params)
+      fresh = jax.tree.leaves(inner.init(init_small(leaves, whole, treedef)))
+      # Gradients may be of another dtype than the parameters in init were.
+      return {i: x.astype(flat[i].dtype) for i, x in enumerate(fresh)}
 
-    # One predicate and one cond for the whole tree, never inside a vmap; only
-    # what a refresh changes goes through it.
-    states, turned = jax.lax.cond(
-      state.count % update_interval == 0,
-      refresh,
-      lambda *same: same,
-      old,
-      {i: flat[i] for i in moments.turning(groups, len(flat))},
+    new = refreshes_lib.run(
+      refreshes_lib.Plan(schedule, update_interval, moments, leaves, groups),
+      grads,
+      {i: flat[at] for i, at in first.items()},
+      state.count,
+      leaves_lib.seed(key),
+      refreshes_lib.Changing(
+        projectors={i: old[i] for i in projected},
+        memories={i: schedules[i] for i in projected},
+        moments={i: flat[i] for i in moments.turning(groups, len(flat))},
+      ),
+      reset,
     )
-    turned = [turned.get(i, x) for i, x in enumerate(flat)]
+    states = [new.projectors.get(i, x) for i, x in enumerate(old)]
+    turned = [new.moments.get(i, x) for i, x in enumerate(flat)]
 
     def shrink(xs):
       return [
@@ -290,7 +286,7 @@ def low_rank(
           update=wide(outputs[i]),
           back=leaf.back(states[i]),
           scale=scale,
-          axis=-2 if leaf.rows else -1,
+          axis=leaf.axis,
           orthonormal=leaf.projector.orthonormal,
           moment=functools.partial(moment, i, turned),
           before=lambda i=i: leaves[i].back(old[i])(moment(i, flat)),
@@ -303,6 +299,9 @@ def low_rank(
       projectors=treedef.unflatten(states),
       inner=inner_state,
       residuals=treedef.unflatten(memories),
+      refreshes=treedef.unflatten(
+        new.memories.get(i, x) for i, x in enumerate(schedules)
+      ),
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

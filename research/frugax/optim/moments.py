@@ -3,8 +3,10 @@ r"""Moment policies: what becomes of the inner state when the basis turns.
 After a refresh the numbers in the inner state belong to directions that are no
 longer there. A policy is a function `(first, second, turn) -> (first, second)`
 on the moments of one leaf, lists of float32 arrays with the subspace's axis
-second to last; `turn` has both bases. The names that `low_rank(moments=...)`
-knows are in `POLICIES`, besides 'keep' and 'reset', which need no basis.
+second to last; `turn` has both bases. Where both sides are projected it is
+called twice, for the rows and then for the columns. The names that
+`low_rank(moments=...)` knows are in `POLICIES`, besides 'keep' and 'reset',
+which need no basis.
 """
 
 import dataclasses
@@ -214,16 +216,15 @@ class Group(NamedTuple):
 def find(
   moments: Moments,
   state: Any,
-  paths: list[tuple[Any, ...]],
-  smalls: dict[tuple[Any, ...], tuple[int, ...]],
+  smalls: dict[tuple[Any, ...], tuple[int, ...] | None],
 ) -> list[Group]:
   """The moments of projected leaves in an inner state, by names and shapes.
 
   Args:
     moments: the names; unknown leaves are refused if its policy turns moments.
     state: the inner state.
-    paths: the path of each parameter.
-    smalls: the shape of the small matrices, by the path, of projected ones.
+    smalls: by the path of each parameter, in their order, the shape of the
+      small matrices; None where it is left whole.
 
   Returns:
     One group for each parameter and each transformation that has its moments.
@@ -231,6 +232,7 @@ def find(
   Raises:
     ValueError: a leaf of which the policy cannot know what it is.
   """
+  paths = list(smalls)
   index = {path: i for i, path in enumerate(paths)}
   groups: dict[Any, Group] = {}
   for at, (path, x) in enumerate(jax.tree.leaves_with_path(state)):
@@ -262,34 +264,34 @@ def turn(
   moments: Moments,
   groups: list[Group],
   arrays: dict[int, jax.Array],
-  turns: dict[int, Turn],
+  turns: tuple[Turn, ...],
 ) -> dict[int, jax.Array]:
-  """The moments after a change of bases.
+  """The moments of a leaf after a change of its bases.
 
   Args:
-    moments: the policy; 'keep' changes nothing.
-    groups: what `find` found.
-    arrays: moments by their positions.
-    turns: the change of basis of each parameter that has moments.
+    moments: the policy, one that turns moments.
+    groups: the groups of the leaf, from `find`.
+    arrays: its moments by their positions.
+    turns: the change of basis, one for each side that is projected.
 
   Returns:
     The new moments by their positions.
   """
   new = dict(arrays)
-  for group in groups if moments.turns else ():
-    change = turns[group.leaf]
-
-    def lay(x, rows=change.rows):
-      return x if rows else jnp.swapaxes(x, -1, -2)
-
-    first, second = moments.turns(
-      *([lay(wide(arrays[i])) for i in part] for part in group[1:]), change
-    )
+  for group in groups:
     at = group.first + group.second
-    for i, x in zip(at, [*first, *second], strict=True):
-      # Before the first basis there is no turn, and no moment that had one.
-      x = lay(x).astype(arrays[i].dtype)
-      new[i] = jnp.where(change.steps > 0, x, arrays[i])
+    for change in turns:
+
+      def lay(x, rows=change.rows):
+        return x if rows else jnp.swapaxes(x, -1, -2)
+
+      first, second = moments.turns(
+        *([lay(wide(new[i])) for i in part] for part in group[1:]), change
+      )
+      for i, x in zip(at, [*first, *second], strict=True):
+        # Before the first basis there is no turn, and no moment that had one.
+        x = lay(x).astype(arrays[i].dtype)
+        new[i] = jnp.where(change.steps > 0, x, arrays[i])
   return new
 
 

@@ -1,219 +1,28 @@
-r"""Projectors: how a matrix is taken to a low-rank subspace and back.
+r"""Projectors: the subspaces that matrices are taken to, and how to find them.
 
-A projector is a function `build(shape, rank, side, dtype) -> Projector`, called
-once for each matrix leaf with the shape (*batch, m, n); a Projector is four
-functions on arrays. Batch axes are carried along, never mapped over. The
-names that `low_rank(projector=...)` knows are in `PROJECTORS`; anything else
-with this signature can be passed in their place. A new basis needs one
-function only: `from_basis(find)` does the rest.
+The names that `low_rank(projector=...)` knows are in `PROJECTORS`; anything
+else with the signature of `frugax.optim.projection` can be passed in their
+place.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from frugax import names, quant
 from frugax.optim import correlation, linalg
 from frugax.optim.adam import wide
 from frugax.optim.linalg import orthonormal, unit
-
-SIDES = ('short', 'long', 'left', 'right')
-
-
-class Context(NamedTuple):
-  """What a projector may look at besides the gradient when it is refreshed.
-
-  Attributes:
-    key: a PRNG key; differs for each leaf and refresh, and is the same for all
-      matrices of a stack, so that a stack and its layers agree.
-    count: refreshes before this one, an int32 scalar.
-    steps: updates before this one, an int32 scalar.
-    moment: the inner transformation's first moment of this leaf, small and in
-      the old basis, or None if it has none.
-  """
-
-  key: jax.Array
-  count: jax.typing.ArrayLike = 0
-  steps: jax.typing.ArrayLike = 0
-  moment: jax.Array | None = None
-
-
-class Projector(NamedTuple):
-  """One leaf's projection. Its state is any pytree of arrays, never typed keys.
-
-  Attributes:
-    init: `() -> state`, before the first gradient.
-    refresh: `(g, state, context) -> state`, a new subspace from the gradient g,
-      a (*batch, m, n) array, and a `Context`.
-    project: `(g, state) -> r`, the small matrices.
-    back: `(r, state) -> g`, small matrices to full ones.
-    basis: `state -> P`, (*batch, m, r) for the row side and (*batch, n, r) for
-      the column side, in float32. Needed by the moment policies that turn the
-      inner state with the basis; None if there is no such thing.
-    orthonormal: whether the basis is, but for rounding. Fira then has its norms
-      without a matmul.
-  """
-
-  init: Callable[[], Any]
-  refresh: Callable[[jax.Array, Any, Context], Any]
-  project: Callable[[jax.Array, Any], jax.Array]
-  back: Callable[[jax.Array, Any], jax.Array]
-  basis: Callable[[Any], jax.Array] | None = None
-  orthonormal: bool = False
-
-
-ProjectorFn = Callable[[tuple[int, ...], int, str, Any], Projector]
-
-
-def projects_rows(m: int, n: int, side: str) -> bool:
-  """Whether an m x n matrix loses its row axis (P^T G) or its columns (G P^T).
-
-  Args:
-    m: rows, the input side of a kernel.
-    n: columns.
-    side: 'short' or 'long', the smaller or larger of the two (of a square
-      matrix the rows count as the short side); 'left' for the rows, 'right' for
-      the columns.
-
-  Returns:
-    True for the rows.
-
-  Raises:
-    ValueError: an unknown side.
-
-  Examples:
-    >>> projects_rows(4, 6, 'short'), projects_rows(4, 4, 'long')
-    (True, False)
-  """
-  if side not in SIDES:
-    raise names.unknown('side', side, SIDES)
-  return {'short': m <= n, 'long': m > n, 'left': True, 'right': False}[side]
-
-
-def from_basis(
-  find: Callable[[jax.Array, jax.Array, int, jax.Array], jax.Array],
-  orthonormal: bool = False,
-) -> ProjectorFn:
-  r"""A projector that stores a basis, from the function that finds the basis.
-
-  For the row side :math:`R = P^T G` and :math:`\hat G = P R` with
-  :math:`P \in R^{m \times r}`; for the column side :math:`R = G P^T` and
-  :math:`\hat G = R P` with :math:`P \in R^{r \times n}`. P lies as the gradient
-  does, so that its long axis can be sharded as the parameter's is.
-
-  Args:
-    find: `(g, old, rank, key) -> basis` for the row side: g is (*batch, m, n)
-      in float32, old and basis are (*batch, m, rank); old is zero before the
-      first refresh. The column side is handed to it transposed.
-    orthonormal: whether the bases always are.
-
-  Returns:
-    A projector function for `low_rank(projector=...)`.
-
-  Examples:
-    The first coordinates as a subspace:
-
-    >>> coordinates = from_basis(lambda g, old, rank, key: jnp.zeros_like(
-    ...   old).at[..., :rank, :].set(jnp.eye(rank)))
-    >>> p = coordinates((3, 4), 2, 'short', jnp.float32)
-    >>> g = jnp.arange(12.).reshape(3, 4)
-    >>> state = p.refresh(g, p.init(), Context(jax.random.key(0)))
-    >>> print(p.project(g, state))
-    [[0. 1. 2. 3.]
-     [4. 5. 6. 7.]]
-  """
-  return from_context(
-    lambda g, old, rank, context: find(g, old, rank, context.key), orthonormal
-  )
-
-
-def from_context(
-  find: Callable[[jax.Array, jax.Array, int, Context], jax.Array],
-  orthonormal: bool = False,
-) -> ProjectorFn:
-  """As `from_basis`, for bases that depend on more than the gradient.
-
-  Args:
-    find: `(g, old, rank, context) -> basis`, as in `from_basis`; the `Context`
-      has the key, the number of the refresh and the first moment, which is
-      (*batch, rank, n) as g is (*batch, m, n).
-    orthonormal: whether the bases always are.
-
-  Returns:
-    A projector function for `low_rank(projector=...)`.
-  """
-
-  def build(shape, rank, side, dtype):
-    *batch, m, n = shape
-    rank = min(rank, m, n)
-    rows = projects_rows(m, n, side)
-    turn = (lambda x: x) if rows else _transpose
-    store, load = _storage(dtype, rows, len(batch))
-
-    def refresh(g, old, context):
-      if context.moment is not None:
-        context = context._replace(moment=turn(wide(context.moment)))
-      return store(
-        turn(find(turn(wide(g)), turn(wide(load(old))), rank, context))
-      )
-
-    return Projector(
-      init=lambda: store(jnp.zeros((*batch, *_size(m, n, rank, rows)))),
-      refresh=refresh,
-      project=lambda g, p: _project(g, load(p), rows),
-      back=lambda r, p: _back(r, load(p), rows),
-      basis=lambda p: turn(wide(load(p))),
-      # Blocks of few bits round too coarsely to count on it.
-      orthonormal=orthonormal and jnp.issubdtype(dtype, jnp.floating),
-    )
-
-  return build
-
-
-def _size(m, n, rank, rows):
-  return (m, rank) if rows else (rank, n)
-
-
-def _storage(dtype, rows, batch_axes):
-  """How bases are stored and loaded: in a float dtype or in quantised blocks.
-
-  Blocks run along the rank first, so that what lies together belongs to
-  neighbours on the side that may be sharded.
-  """
-  name = jnp.dtype(dtype).name
-  if name not in quant.FORMATS:
-    if not jnp.issubdtype(name, jnp.floating):
-      raise ValueError(
-        f'projectors cannot be stored as {name}: give a floating-point dtype '
-        f'or one of {", ".join(quant.FORMATS)}'
-      )
-    return (lambda p: p.astype(dtype)), (lambda p: p)
-  turn = (lambda x: x) if rows else _transpose
-  return (
-    lambda p: quant.quantize(turn(p), name, batch_axes=batch_axes),
-    lambda q: turn(quant.dequantize(q)),
-  )
-
-
-def _project(g, p, rows):
-  axis = -2 if rows else -1
-  if p.shape[-1 if rows else -2] == 1:
-    # XLA would copy the transposed gradient for a product of rank one.
-    return jnp.sum(wide(p) * wide(g), axis, keepdims=True)
-  return _transpose(p) @ g if rows else g @ _transpose(p)
-
-
-def _back(r, p, rows):
-  if p.shape[-1 if rows else -2] == 1:
-    return p * r
-  return p @ r if rows else r @ p
-
-
-def _transpose(x):
-  return jnp.swapaxes(x, -1, -2)
+from frugax.optim.projection import (
+  Projector,
+  ProjectorFn,
+  back_project,
+  basis_shape,
+  from_basis,
+  from_context,
+  project,
+  projects_rows,
+)
 
 
 def _svd_basis(g, old, rank, key):
@@ -251,6 +60,7 @@ def sketch_with(power_steps: int = 1) -> ProjectorFn:
     A projector function for `low_rank(projector=...)`.
 
   Examples:
+    >>> from frugax.optim.projection import Context
     >>> g = jnp.outer(jnp.arange(1.0, 5.0), jnp.ones(6))
     >>> p = sketch_with(power_steps=2)(g.shape, 1, 'short', jnp.float32)
     >>> state = p.refresh(g, p.init(), Context(jax.random.key(0)))
@@ -270,7 +80,7 @@ def sketch_with(power_steps: int = 1) -> ProjectorFn:
     p = old + jnp.where(jnp.any(old != 0), _EXPLORE, 1.0) * fresh
     for _ in range(power_steps):
       with jax.default_matmul_precision('highest'):
-        p = orthonormal(g @ (_transpose(g) @ p))
+        p = orthonormal(g @ (jnp.swapaxes(g, -1, -2) @ p))
     return p
 
   return from_basis(find, orthonormal=True)
@@ -298,6 +108,7 @@ def correlation_aware(
     ValueError: `lambda_` below 1.
 
   Examples:
+    >>> from frugax.optim.projection import Context
     >>> g = jnp.arange(24.0).reshape(4, 6)  # of rank 2
     >>> p = correlation_aware()(g.shape, 2, 'short', jnp.float32)
     >>> state = p.refresh(g, p.init(), Context(jax.random.key(0)))
@@ -348,20 +159,19 @@ def random(shape, rank, side, dtype) -> Projector:
 
   def draw(key_data):
     key = jax.random.wrap_key_data(key_data)
-    p = jax.random.normal(key, _size(m, n, rank, rows), jnp.float32)
-    return (p / jnp.sqrt(rank)).astype(drawn)
-
-  def basis(key_data):
-    p = wide(draw(key_data))
-    p = p if rows else _transpose(p)
+    p = jax.random.normal(key, basis_shape(m, n, rank, rows), jnp.float32)
+    p = (p / jnp.sqrt(rank)).astype(drawn)
+    # One for each matrix: else XLA moves whole stacks for a single product.
     return jnp.broadcast_to(p, (*batch, *p.shape))
 
   return Projector(
     init=lambda: jax.random.key_data(jax.random.key(0)),
     refresh=lambda g, state, context: jax.random.key_data(context.key),
-    project=lambda g, state: _project(g, draw(state), rows),
-    back=lambda r, state: _back(r, draw(state), rows),
-    basis=basis,
+    project=lambda g, state: project(g, draw(state), rows),
+    back=lambda r, state: back_project(r, draw(state), rows),
+    basis=lambda state: wide(
+      draw(state) if rows else jnp.swapaxes(draw(state), -1, -2)
+    ),
   )
 
 

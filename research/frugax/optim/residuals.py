@@ -186,7 +186,7 @@ def _scaled_gradient(threshold, axis):
     ratio = _ratio(parts, axis(parts))
     # The norm comes from those of the rows, columns or whole of G: the update
     # need not exist before its factor is known.
-    squares = jnp.sum(jnp.square(parts.grad), axis=axis(parts), keepdims=True)
+    squares = jnp.sum(parts.grad * parts.grad, axis(parts), keepdims=True)
     norms = jnp.sqrt(jnp.sum(jnp.square(ratio) * squares, axis=(-2, -1)))
     factor = growth_factor(norms, previous, threshold)
     ratio *= jnp.sqrt(parts.scale) * factor[..., None, None]
@@ -197,7 +197,7 @@ def _scaled_gradient(threshold, axis):
 
 def _ratio(parts, axis):
   update, small = (
-    jnp.sqrt(jnp.sum(jnp.square(x), axis=axis, keepdims=True))
+    jnp.sqrt(jnp.sum(x * x, axis=axis, keepdims=True))
     for x in (parts.update, parts.small)
   )
   return update / (small + 1e-8)

@@ -25,7 +25,7 @@ def state_bytes(
   - projector: below a field named `projectors` (or `projector`, as in optax);
   - gradients: below `acc_grads`, the accumulator of optax.MultiSteps;
   - moments: belongs to one parameter, whose path is part of the leaf's path;
-  - counters: integer scalars;
+  - counters: integer scalars, and what a schedule of refreshes remembers;
   - other: the rest, such as injected hyperparameters and random keys.
 
   Args:
@@ -55,7 +55,9 @@ def state_bytes(
       category = 'projector'
     elif 'acc_grads' in fields:
       category = 'gradients'
-    elif leaf.ndim == 0 and jnp.issubdtype(leaf.dtype, jnp.integer):
+    elif 'refreshes' in fields or (
+      leaf.ndim == 0 and jnp.issubdtype(leaf.dtype, jnp.integer)
+    ):
       category = 'counters'
     elif paths.find(path) is not None:
       category = 'moments'
@@ -76,11 +78,12 @@ def state_shardings(
   the same shape as that parameter, it gets the same sharding. Otherwise its
   axes are matched in order with the parameter's: an axis of the size of a
   parameter's axis, or of several neighbouring ones flattened, gets their mesh
-  axes if they divide it; one of another size, such as a rank, is replicated. So
-  for a kernel (layers, embed, heads, head_dim) moments of shape
-  (layers, rank, heads * head_dim) keep the mesh axes of layers and heads. The
-  packed codes of a QTensor are sharded as the first axis of its items would be.
-  A leaf that belongs to no parameter is replicated.
+  axes if they divide it; one of another size, such as a rank, gets the mesh
+  axes that no other took. So for a kernel (layers, embed, heads, head_dim)
+  moments of shape (layers, rank, heads * head_dim) keep the mesh axes of layers
+  and heads, and the rank takes those of embed. The packed codes of a QTensor,
+  whose items lie flat, are cut by all mesh axes that would cut an item, if they
+  divide. A leaf that belongs to no parameter is replicated.
 
   Use it for `out_shardings` of a jitted `tx.init`, which by itself replicates
   what it allocates. Boxes that carry partition names must be taken off the
@@ -106,7 +109,7 @@ def state_shardings(
     >>> tx = low_rank(optax.scale_by_adam(), rank=16)
     >>> state = state_shardings(tx, params, shardings)
     >>> tuple(state.inner.mu['w'].spec), tuple(state.projectors['w'].spec)
-    ((None, 'fsdp'), ())
+    ((None, 'fsdp'), (None, 'fsdp'))
     >>> state = jax.jit(tx.init, out_shardings=state)(params)
   """
   state = tx_or_state
@@ -138,10 +141,13 @@ def state_shardings(
     def sharded(x):
       of_x = spec
       if _packed(leaf):
-        # Of the flattened item the first axis is the slowest one.
-        of_x = PartitionSpec(*spec[: x.ndim])
-        if x.shape[-1] % _size(sharding.mesh, spec[x.ndim - 1 : x.ndim]):
-          of_x = PartitionSpec(*spec[: x.ndim - 1])
+        # Items lie flat: whatever cuts an item cuts its only axis.
+        batch = leaf.data.ndim - 1
+        of_x = PartitionSpec(*spec[:batch])
+        axes = _mesh_axes(spec[batch:])
+        if axes and x.shape[-1] % _size(sharding.mesh, axes) == 0:
+          stack = (*of_x, *[None] * (batch - len(of_x)))
+          of_x = PartitionSpec(*stack, _entry(axes))
       return NamedSharding(
         sharding.mesh, of_x, memory_kind=sharding.memory_kind
       )
@@ -157,10 +163,20 @@ def _packed(x):
 
 def _size(mesh, entries):
   """Number of shards of an axis with these entries of a PartitionSpec."""
+  return math.prod(mesh.shape[axis] for axis in _mesh_axes(entries))
+
+
+def _mesh_axes(entries):
+  """The mesh axes in entries of a PartitionSpec, flat."""
   axes = []
   for entry in entries:
     axes += entry if isinstance(entry, tuple) else [entry] if entry else []
-  return math.prod(mesh.shape[axis] for axis in axes)
+  return axes
+
+
+def _entry(axes):
+  """An entry of a PartitionSpec: no mesh axes, one, or several."""
+  return tuple(axes) if len(axes) > 1 else axes[0] if axes else None
 
 
 class _Paths:
@@ -190,17 +206,19 @@ def _derived_spec(shape, param_shape, sharding):
   spec = tuple(sharding.spec) + (None,) * (
     len(param_shape) - len(sharding.spec)
   )
+  ranges = _align(tuple(shape), tuple(param_shape))
   entries = []
-  for size, (start, stop) in zip(
-    shape, _align(tuple(shape), tuple(param_shape)), strict=True
-  ):
-    axes = []
-    for entry in spec[start:stop]:
-      axes += entry if isinstance(entry, tuple) else [entry] if entry else []
+  for size, (start, stop) in zip(shape, ranges, strict=True):
+    axes = _mesh_axes(spec[start:stop])
     usable = axes if size % _size(sharding.mesh, axes) == 0 else []
-    entries.append(
-      tuple(usable) if len(usable) > 1 else usable[0] if usable else None
-    )
+    entries.append(usable)
+  # What cuts the side that a rank stands in for cuts the rank.
+  taken = {axis for axes in entries for axis in axes}
+  left = [axis for axis in _mesh_axes(spec) if axis not in taken]
+  for i, (start, stop) in enumerate(ranges):
+    if left and start == stop and shape[i] % _size(sharding.mesh, left) == 0:
+      entries[i], left = left, []
+  entries = [_entry(axes) for axes in entries]
   while entries and entries[-1] is None:
     entries.pop()
   return PartitionSpec(*entries)

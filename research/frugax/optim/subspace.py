@@ -10,7 +10,8 @@ import optax
 from frugax.optim.adam import step_and_decay, wide
 from frugax.optim.low_rank import low_rank
 from frugax.optim.moments import Moments, PolicyFn
-from frugax.optim.projectors import ProjectorFn
+from frugax.optim.projection import ProjectorFn
+from frugax.optim.refreshes import Schedule
 
 
 def subspace_momentum(
@@ -20,6 +21,7 @@ def subspace_momentum(
   side: str = 'short',
   projector: str | ProjectorFn = 'svd',
   moments: str | PolicyFn | Moments = 'zero',
+  refresh: str | Schedule = 'together',
   b1: jax.typing.ArrayLike = 0.9,
   weight_decay: jax.typing.ArrayLike = 0.0,
   mask: Any | Callable[[Any], Any] | None = None,
@@ -50,10 +52,11 @@ def subspace_momentum(
     learning_rate: a number or a schedule.
     rank: dimension of the subspaces.
     update_interval: steps from one refresh of the subspaces to the next.
-    side: 'short', 'long', 'left' or 'right', see `low_rank`.
+    side: 'short', 'long', 'left', 'right' or 'both', see `low_rank`.
     projector: 'svd', 'sketch', 'random' or a function, see `low_rank`.
     moments: what a refresh does to the momentum: 'zero' clears it, 'keep' keeps
       the numbers, 'rotate' turns it with the basis; see `low_rank`.
+    refresh: 'together', 'staggered' or 'lazy', see `low_rank`.
     b1: decay of the momentum.
     weight_decay: strength of decoupled decay; the parameters are then needed.
     mask: which leaves decay: a tree of booleans or a function that makes it.
@@ -94,6 +97,7 @@ def subspace_momentum(
       side=side,
       projector=projector,
       moments=moments,
+      refresh=refresh,
       residual='sgd',
       axes=axes,
       projector_dtype=projector_dtype,

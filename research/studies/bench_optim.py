@@ -24,7 +24,7 @@ import optax
 from frugax import optim
 from frugax.models import llama
 from frugax.optim import axes as axes_lib
-from frugax.optim import projectors
+from frugax.optim import linalg, projection, projectors
 from frugax.train import metrics
 
 _B1, _B2, _EPS, _LR, _SCALE = 0.9, 0.999, 1e-6, 1e-2, 0.25
@@ -37,7 +37,9 @@ class Method:
   Attributes:
     rank: of the subspaces.
     back: whether the update is mapped back; else it is the gradient, scaled.
-    turns: whether the subspace follows the gradient at every step.
+    turns: whether the subspace follows gradient and momentum at every step,
+      and what it misses is kept for the next, which takes the momentum back
+      from the old basis and twice from the new one.
   """
 
   rank: int = 128
@@ -96,7 +98,10 @@ def floor_of(method, axes):
       size = (m, method.rank) if m <= n else (method.rank, n)
       p = jax.random.normal(jax.random.key(2), (*batch, *size)) / size[0] ** 0.5
       small = (*batch, method.rank, n) if m <= n else (*batch, m, method.rank)
-      return {'p': p, 'mu': jnp.zeros(small), 'nu': jnp.zeros(small)}
+      state = {'p': p, 'mu': jnp.zeros(small), 'nu': jnp.zeros(small)}
+      if method.turns:
+        state['e'] = jnp.zeros((*batch, m, n))
+      return state if method.back else state | {'norm': jnp.ones(batch)}
 
     leaves = jax.tree.leaves(params)
     states = map(one, leaves, leaf_axes(params))
@@ -118,14 +123,20 @@ def floor_of(method, axes):
         p = state['p']
         rows = g.shape[-2] <= g.shape[-1]
         if method.turns:
-          p = _turn(g, p, rows)
+          g, p, state, missed = _turn(g, p, state, rows)
         new['p'] = p
         full, g = g, (p.mT @ g if rows else g @ p.mT)
+        if method.turns:
+          kept = g + 9 * state['mu']
+          new['e'] = full + missed - (p @ kept if rows else kept @ p)
       new['mu'] = _B1 * state['mu'] + (1 - _B1) * g
       new['nu'] = _B2 * state['nu'] + (1 - _B2) * g * g
       u = new['mu'] / (jnp.sqrt(new['nu']) + _EPS)
+      if spec is not None and method.back:
+        u = _SCALE * (p @ u if rows else u @ p)
+      elif spec is not None:
+        u, new['norm'] = _scaled(full, g, u, state['norm'], method, rows)
       if spec is not None:
-        u = full if not method.back else _SCALE * (p @ u if rows else u @ p)
         u = axes_lib.from_matrix(u, spec, w.shape)
       new_params.append(w - lr * u)
       new_states.append(new)
@@ -134,11 +145,31 @@ def floor_of(method, axes):
   return init, step
 
 
-def _turn(g, p, rows):
-  """One power step from the old basis."""
+def _scaled(g, small, update, norm, method, rows):
+  """The gradient scaled by the ratio of the small norms, growing slowly."""
+  axis = (-2, -1) if method.rank == 1 else -2 if rows else -1
+  of_update, of_small, of_g = (
+    jnp.sum(x * x, axis, keepdims=True) for x in (update, small, g)
+  )
+  ratio = jnp.sqrt(of_update / of_small)
+  new = jnp.sqrt(jnp.sum(ratio * ratio * of_g, (-2, -1)))
+  factor = jnp.minimum(1.0, 1.01 * norm / new)
+  return g * (ratio * factor[..., None, None]), new * factor
+
+
+def _turn(g, p, state, rows):
+  """Gradient with error, new basis and moments in it, momentum taken back."""
   if not rows:
-    return _turn(g.mT, p.mT, True).mT
-  return projectors.orthonormal(g @ (g.mT @ p))
+    turned = _turn(g.mT, p.mT, {k: x.mT for k, x in state.items()}, True)
+    return jax.tree.map(lambda x: x.mT, turned)
+  g = g + state['e']
+  back = p @ state['mu']
+  mean = 0.9 * back + 0.1 * g
+  new = linalg.orthonormal(mean @ (mean.mT @ p))
+  c = new.mT @ p
+  mu, variance = c @ state['mu'], state['nu'] - state['mu'] * state['mu']
+  nu = jnp.abs((c * c) @ variance + mu * mu)
+  return g, new, {'mu': mu, 'nu': nu}, 9 * back
 
 
 def stepper(step, init, params, grads):
@@ -224,7 +255,7 @@ def refreshes():
 
     def refresh(g, state, count):
       return p.refresh(
-        g, state, projectors.Context(jax.random.key(count), count)
+        g, state, projection.Context(jax.random.key(count), count)
       )
 
     state = p.init()

@@ -91,11 +91,15 @@ def scale_by_adam_hf(
     step, root = _bias(count, b1, b2) if correction != 'none' else (1.0, 1.0)
     corrected_eps = eps * root if correction == 'moments' else eps
 
-    def moment(decay, order):
-      return lambda g, old: decay * wide(old) + (1 - decay) * wide(g) ** order
+    def first(g, old):
+      return b1 * wide(old) + (1 - b1) * wide(g)
 
-    mu = jax.tree.map(moment(b1, 1), updates, state.mu)
-    nu = jax.tree.map(moment(b2, 2), updates, state.nu)
+    def second(g, old):
+      # Not (1-b2) * (g*g): who else squares g would share it, in memory.
+      return b2 * wide(old) + (1 - b2) * wide(g) * wide(g)
+
+    mu = jax.tree.map(first, updates, state.mu)
+    nu = jax.tree.map(second, updates, state.nu)
     updates = jax.tree.map(
       lambda g, m, v: (step * m / (jnp.sqrt(v) + corrected_eps)).astype(
         g.dtype
@@ -132,7 +136,7 @@ def correct_bias(
 
   Args:
     b1: decay of the first moment.
-    b2: decay of the second moment.
+    b2: decay of the second moment; one that accumulates, 1, has no bias.
     reset_interval: steps after which the moments start anew, so that t does
       too; None if they do not.
 
@@ -164,7 +168,7 @@ def correct_bias(
 def _bias(count, b1, b2):
   """What the step, and what the second moment's root, is short of."""
   t = count.astype(jnp.float32)
-  root = jnp.sqrt(1 - b2**t)
+  root = jnp.sqrt(jnp.where(b2 == 1, 1.0, 1 - b2**t))
   return root / (1 - b1**t), root
 
 

@@ -160,18 +160,23 @@ def random(shape, rank, side, dtype) -> Projector:
   def draw(key_data):
     key = jax.random.wrap_key_data(key_data)
     p = jax.random.normal(key, basis_shape(m, n, rank, rows), jnp.float32)
-    p = (p / jnp.sqrt(rank)).astype(drawn)
-    # One for each matrix: else XLA moves whole stacks for a single product.
+    return (p / jnp.sqrt(rank)).astype(drawn)
+
+  def spread(p):
     return jnp.broadcast_to(p, (*batch, *p.shape))
+
+  def project_drawn(g, state):
+    # From the left one for each matrix, else XLA moves the stack around its
+    # product with a single one; from the right all rows are one matrix.
+    p = draw(state)
+    return project(g, spread(p), rows) if rows else g @ p.mT
 
   return Projector(
     init=lambda: jax.random.key_data(jax.random.key(0)),
     refresh=lambda g, state, context: jax.random.key_data(context.key),
-    project=lambda g, state: project(g, draw(state), rows),
-    back=lambda r, state: back_project(r, draw(state), rows),
-    basis=lambda state: wide(
-      draw(state) if rows else jnp.swapaxes(draw(state), -1, -2)
-    ),
+    project=project_drawn,
+    back=lambda r, state: back_project(r, spread(draw(state)), rows),
+    basis=lambda state: wide(spread(draw(state) if rows else draw(state).mT)),
   )
 
 

@@ -214,7 +214,8 @@ def resolve(
     tree: arrays or ShapeDtypeStructs; optax.MaskedNode leaves are passed over.
     axes: None, a tree of the same structure, or a function from the tree to
       such a tree. Its leaves are MatrixAxes, optax's GaLoreDimensionNumbers or
-      MuonDimensionNumbers, or None to leave that array whole. With `axes=None`
+      MuonDimensionNumbers, or None to leave that array whole; so does a tuple
+      of logical axis names, which `layer_axes` understands. With `axes=None`
       2-D arrays are matrices and 0-D and 1-D arrays are left whole.
 
   Returns:
@@ -245,6 +246,53 @@ def resolve(
   ]
 
 
+def layer_axes(
+  tree: Any, axes: Any | Callable[[Any], Any] | None
+) -> list[tuple[int, ...]]:
+  """The axes of each array that belong to one layer, all but the batch axes.
+
+  For what measures whole arrays and should measure each layer of a stack.
+
+  Args:
+    tree: arrays or ShapeDtypeStructs.
+    axes: as in `resolve`. A leaf without matrix axes is one layer; one whose
+      logical axis names are given has 'layers' and 'experts' as batch axes,
+      which is how stacks of vectors are told.
+
+  Returns:
+    A list in the order of `jax.tree.leaves(tree)`.
+
+  Raises:
+    ValueError: as `resolve`, or names that do not fit the array.
+
+  Examples:
+    >>> params = {'w': jnp.zeros((3, 4, 5)), 'norm': jnp.zeros((3, 4))}
+    >>> layer_axes(params, {
+    ...   'w': MatrixAxes((1,), (2,)), 'norm': ('layers', 'norm')})
+    [(1,), (1, 2)]
+  """
+  axes = axes(tree) if callable(axes) else axes
+  specs = iter(resolve(tree, axes))
+  leaves, treedef = jax.tree.flatten_with_path(tree, is_leaf=_masked)
+  given = [None] * len(leaves) if axes is None else treedef.flatten_up_to(axes)
+  found = []
+  for (path, x), own in zip(leaves, given, strict=True):
+    if _masked(x):
+      continue
+    spec, batch = next(specs), set()
+    if spec is not None:
+      batch = set(range(x.ndim)) - {i % x.ndim for i in spec.rows + spec.cols}
+    elif _is_names(own) and not _masked(own):
+      if len(own) != x.ndim:
+        raise ValueError(
+          f'{path_name(path)} is {tuple(x.shape)}, but the names of its axes '
+          f'are {own}: give one name an axis'
+        )
+      batch = {i for i, name in enumerate(own) if name in BATCH_NAMES}
+    found.append(tuple(i for i in range(x.ndim) if i not in batch))
+  return found
+
+
 def _default(path, leaf):
   if _masked(leaf) or leaf.ndim < 2:
     return None
@@ -266,7 +314,7 @@ def _check(path, leaf, spec):
   )
   if isinstance(spec, dimension_numbers):
     spec = MatrixAxes(spec.reduction_axis, spec.output_axis)
-  if spec is None or _masked(spec) or 0 in leaf.shape:
+  if spec is None or _masked(spec) or _is_names(spec) or 0 in leaf.shape:
     return None
   if not isinstance(spec, MatrixAxes):
     raise ValueError(

@@ -184,3 +184,49 @@ def test_dtypes():
 def test_bad_arguments(x, arguments, message):
   with pytest.raises(ValueError, match=message):
     quant.quantize(x, **arguments)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+  shape=SHAPES,
+  format=st.sampled_from(sorted(LEVELS)),
+  block=st.sampled_from([3, 16, 256]),
+  offset=st.sampled_from([0.0, 3.0, -100.0]),
+  seed=st.integers(0, 99),
+)
+def test_stochastic_rounding_goes_to_a_neighbour(
+  shape, format, block, offset, seed
+):
+  x = np.random.default_rng(seed).normal(offset, size=shape).astype(np.float32)
+  q = quantize(
+    jnp.asarray(x), format=format, block=block, key=jax.random.key(seed)
+  )
+  error = np.asarray(dequantize(q), np.float64) - x
+  assert (np.abs(error) <= steps(q) * (1 + 2**-8)).all()
+
+
+@pytest.mark.parametrize('format', LEVELS)
+def test_stochastic_rounding_by_hand(format):
+  """Steps of 1: whole numbers stay, 2.25 is 3 in a quarter of the cases."""
+  levels = LEVELS[format] - 1
+  x = jnp.full(40_002, 2.25).at[0].set(-0.5).at[1].set(levels - 0.5)
+  x = x.at[2:5].set(jnp.array([0.0, 3.0, 7.0]))
+  q = quant.quantize(x, format, block=x.size, key=jax.random.key(0))
+  assert q.scales.tolist() == [1] and q.zeros.tolist() == [1]
+  got = np.asarray(quant.dequantize(q))
+  assert got[0] in (-1, 0) and got[1] in (levels - 1, levels)
+  assert got[2:5].tolist() == [0, 3, 7]
+  up = got[5:] == 3
+  assert (up | (got[5:] == 2)).all()
+  # Five standard deviations: a probability of 6e-7.
+  assert abs(up.mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / up.size)
+
+
+def test_stochastic_rounding_of_a_stack_is_that_of_its_items():
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5, 41)), jnp.float32)
+  key = jax.random.key(0)
+  stack = quant.quantize(x, 'int8', 16, batch_axes=1, key=key)
+  for i in range(3):
+    one = quant.quantize(x[i], 'int8', 16, key=key)
+    item = jax.tree.map(lambda a: a[i], stack)  # noqa: B023
+    jax.tree.map(np.testing.assert_array_equal, item, one)

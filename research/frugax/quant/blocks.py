@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from frugax import names
+from frugax.quant.rounding import random_bits
 
 FORMATS = {'int4': 4, 'int8': 8}  # bits an element
 
@@ -55,7 +56,11 @@ class QTensor:
 
 
 def quantize(
-  x: jax.Array, format: str, block: int = 256, batch_axes: int = 0
+  x: jax.Array,
+  format: str,
+  block: int = 256,
+  batch_axes: int = 0,
+  key: jax.Array | None = None,
 ) -> QTensor:
   r"""Round to 4 or 8 bits with a step and a zero point for each block.
 
@@ -72,6 +77,13 @@ def quantize(
   blocks of one sign need. (The released Q-GaLore clips it to the codes, and
   such blocks saturate.) A constant block is exact to that step.
 
+  With a key the rounding is stochastic: :math:`x / s` goes to one of its two
+  neighbours, the nearer one with more probability, so that
+  :math:`E[\hat x] = x` for every element. The block then has one step less,
+  :math:`2^b - 2`, and :math:`z = -\lfloor l / s \rfloor`: both neighbours of
+  its least and of its greatest value are codes, where clipping would draw
+  these inwards. What lies on a code stays there.
+
   A block that holds a NaN or an infinity comes back as NaN.
 
   Args:
@@ -80,6 +92,8 @@ def quantize(
     block: elements that share a step, counted along the flattened item.
     batch_axes: number of leading axes over which items are stacked. No block
       holds elements of two items, so that quantising a stack is stacking.
+    key: a typed key, for stochastic rounding; all items of a stack get the
+      same random bits. None rounds to nearest.
 
   Returns:
     A QTensor; an item of n elements takes n bytes in 8 bits, ceil(n / 2) in 4,
@@ -115,19 +129,26 @@ def quantize(
   size = math.prod(item_shape)
   x = x.astype(jnp.float32).reshape(*batch, size)
   top = 2 ** FORMATS[format] - 1
+  steps = top if key is None else top - 1
 
   x = _blocks(x, block, mode='edge')
   low, high = x.min(-1), x.max(-1)
   # Divided before subtracted: the range may be beyond float32.
   step = jnp.maximum(
-    high / top - low / top, jnp.maximum(jnp.abs(low), jnp.abs(high)) / _FAR
+    high / steps - low / steps,
+    jnp.maximum(jnp.abs(low), jnp.abs(high)) / _FAR,
   )
   step = jnp.maximum(step, jnp.finfo(jnp.float32).tiny)
   scales = _round_up(jnp.where(jnp.isfinite(step), step, jnp.nan))
   step = scales.astype(jnp.float32)
-  zeros = -jnp.round(low / step)
-  codes = jnp.round(x / step[..., None]) + zeros[..., None]
-  codes = jnp.clip(codes, 0, top).astype(jnp.uint8)
+  codes = x / step[..., None]
+  if key is None:
+    zeros = -jnp.round(low / step)
+    codes = jnp.round(codes)
+  else:
+    zeros = -jnp.floor(low / step)
+    codes = _round_stochastic(codes, key, batch_axes)
+  codes = jnp.clip(codes + zeros[..., None], 0, top).astype(jnp.uint8)
   codes = _flat(codes, size)
   return QTensor(
     data=_pack(codes) if format == 'int4' else codes,
@@ -177,6 +198,13 @@ def _flat(blocks, size):
   """(*batch, blocks, block) to (*batch, size): the inverse of `_blocks`."""
   *batch, n, block = blocks.shape
   return blocks.reshape(*batch, n * block)[..., :size]
+
+
+def _round_stochastic(x, key, batch_axes):
+  """To an integer. The fraction is exact, so the probability is, to 2^-24."""
+  below = jnp.floor(x)
+  random = random_bits(key, x.shape, batch_axes) >> 8
+  return below + (random.astype(jnp.float32) * 2.0**-24 < x - below)
 
 
 def _round_up(x):

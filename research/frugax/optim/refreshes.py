@@ -341,17 +341,18 @@ def _refresh_leaf(plan, groups, leaf, clock, key, inputs, old):
 
   def step(k, carry):
     at = order[k]
-    take, put = (
-      jax.lax.dynamic_index_in_dim,
-      jax.lax.dynamic_update_index_in_dim,
-    )
-    new = layer(
-      *jax.tree.map(lambda x: take(x, at, keepdims=False), (inputs, carry))
-    )
-    return jax.tree.map(lambda x, y: put(x, y, at, 0), carry, new)
 
-  number_due = jnp.sum(due, dtype=jnp.int32)
-  projector, moments, memory = jax.lax.fori_loop(0, number_due, step, old)
+    def take(x):
+      return jax.lax.dynamic_index_in_dim(x, at, keepdims=False)
+
+    def put(x, new):
+      return jax.lax.dynamic_update_index_in_dim(x, new, at, 0)
+
+    new = layer(jax.tree.map(take, inputs), jax.tree.map(take, carry))
+    return jax.tree.map(put, carry, new)
+
+  steps = jnp.sum(due, dtype=jnp.int32)
+  projector, moments, memory = jax.lax.fori_loop(0, steps, step, old)
   if not leaf.stacked:
     projector, moments = jax.tree.map(lambda x: x[0], (projector, moments))
   return projector, moments, memory

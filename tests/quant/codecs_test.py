@@ -7,12 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frugax.quant import CODECS, Codec, decode, encode
-from frugax.quant.codecs import MAPS
-from frugax.quant.maps import Dynamic
+from frugax.quant import Codec, decode, encode
+from frugax.quant.codecs import BLOCKS, MAPS
 
 MAP_NAMES = [(name, order) for name in MAPS for order in (0, 1)]
-PACKED = [name for name in CODECS if name[-1] in '842' or 'fp8' in name]
+PACKED = list(BLOCKS)
 SHAPES = st.sampled_from(
   [(1,), (7,), (257,), (16, 32), (3, 5, 41), (2, 5461), (31, 1), (4, 8, 64)]
 )
@@ -43,10 +42,10 @@ TABLES = {
 
 @pytest.mark.parametrize(('name', 'order'), MAP_NAMES)
 def test_numbers_of_the_map(name, order):
-  """Each is its float64 value with one rounding."""
   want = TABLES[name, order]
   got = MAPS[name][order].decode(jnp.arange(len(want), dtype=jnp.float32))
-  np.testing.assert_array_equal(np.asarray(got), want.astype(np.float32))
+  # XLA multiplies by the reciprocal of a constant: one more rounding.
+  np.testing.assert_allclose(got, want, rtol=2**-23)
 
 
 def test_the_published_maps():
@@ -208,17 +207,16 @@ def test_what_is_not_finite_shows(name, bad):
   assert jnp.isfinite(got[jnp.array([0, 2, 3])]).all()
 
 
-@pytest.mark.parametrize('name', PACKED)
-def test_codes_are_stable(name):
+@pytest.mark.parametrize('name', MAPS)
+@pytest.mark.parametrize('signed', [True, False])
+def test_codes_are_stable(name, signed):
   """What was decoded is encoded to the same codes."""
-  for signed in (True, False):
-    x = jax.random.normal(jax.random.key(0), (8, 512))
-    codec = Codec(name, signed=signed)
-    once = encode(x if signed else x * x, codec)
-    again = encode(decode(once), codec)
-    same = np.asarray(once.codes) == np.asarray(again.codes)
-    # The power of a group of floats depends on its rounded least number.
-    assert same.mean() > (0.9 if 'fp8' in name else 0.9999)
+  x = jax.random.normal(jax.random.key(0), (8, 512))
+  # -1 is no number of the dynamic maps, so that the scale would shrink.
+  x = x.at[:, ::64].set(5)
+  once = encode(x if signed else x * x, Codec(name, signed=signed))
+  again = encode(decode(once), once.codec)
+  jax.tree.map(np.testing.assert_array_equal, once, again)
 
 
 def test_roots():
@@ -258,7 +256,8 @@ def test_range_expansion_is_worth_it():
   plain = np.asarray(jnp.asarray(x / scale).astype(jnp.float8_e4m3fn))
   without = np.abs(plain.astype(np.float32) * scale / x - 1).mean()
   assert 0.0095 < error < 0.017 and 0.021 < without < 0.024
-  assert (1.4 <= exponent(x)).all() and (exponent(x) <= 2.8).mean() > 0.95
+  low, high = np.quantile(exponent(x), [0.05, 0.95])
+  assert 1.25 < low < 1.6 and 2.2 < high < 3
 
 
 @pytest.mark.parametrize('name', ['fp8_e4m3', 'fp8_e5m2'])
@@ -283,7 +282,7 @@ def test_closed_form():
 
 
 def test_bad_input():
-  with pytest.raises(ValueError, match="unknown codec 'dynamic6'.*'dynamic8'"):
+  with pytest.raises(ValueError, match="unknown codec 'dynamic6': did"):
     Codec('dynamic6')
   with pytest.raises(ValueError, match='block=0'):
     Codec('dynamic8', 0)
@@ -291,11 +290,3 @@ def test_bad_input():
     encode(jnp.arange(3), Codec('dynamic8'))
   with pytest.raises(ValueError, match='the array has none'):
     encode(jnp.float32(1), Codec('dynamic8'))
-
-
-def test_maps_are_of_their_bits():
-  for first, second in MAPS.values():
-    for each in (first, second):
-      codes = jnp.arange(2.0**each.bits)
-      values = np.asarray(each.decode(codes))
-      assert values.max() <= 1 or not isinstance(each, Dynamic)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from frugax.quant import QTensor
+from frugax.quant import Coded, QTensor
 
 
 def state_bytes(
@@ -137,10 +137,14 @@ def state_shardings(
     if leaf.shape == shape and not _packed(leaf):
       return sharding
     spec = _derived_spec(leaf.shape, shape, sharding)
+    if leaf.shape == shape:
+      spec = sharding.spec  # Not to be read from sizes, which may repeat.
 
     def sharded(x):
       of_x = spec
-      if _packed(leaf):
+      if isinstance(leaf, Coded):
+        of_x = _coded_spec(x, leaf, spec, sharding.mesh)
+      elif _packed(leaf):
         # Items lie flat: whatever cuts an item cuts its only axis.
         batch = leaf.data.ndim - 1
         of_x = PartitionSpec(*spec[:batch])
@@ -158,7 +162,21 @@ def state_shardings(
 
 
 def _packed(x):
-  return isinstance(x, QTensor)
+  return isinstance(x, Coded | QTensor)
+
+
+def _coded_spec(x, coded, spec, mesh):
+  """The spec of the codes or of the scales of a Coded array with this spec."""
+  ndim = len(coded.shape)
+  spec = (*spec, *[None] * (ndim - len(spec)))
+  # Of scales, an axis of rows or, the last one, of blocks.
+  entry = spec[-1] if x.ndim == ndim else None
+  shards = _size(mesh, [entry])
+  if x is not coded.codes:
+    shards *= coded.codec.block
+  if coded.size % shards or x.shape[-1] % _size(mesh, [entry]):
+    entry = None
+  return PartitionSpec(*spec[: x.ndim - 1], entry)
 
 
 def _size(mesh, entries):

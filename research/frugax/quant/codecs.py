@@ -165,10 +165,8 @@ def encode(
     ValueError: an array that is not floating-point, or of no axes.
 
   Examples:
-    >>> x = jnp.array([[0., .1, -1.], [2., .01, 0.]])
-    >>> print(decode(encode(x, Codec('dynamic8'))).round(3))
-    [[ 0.     0.099 -0.993]
-     [ 2.     0.01   0.   ]]
+    >>> print(decode(encode(jnp.array([0., .1, -1., 2.]), Codec('dynamic4'))))
+    [ 0.     0.065 -0.875  2.   ]
   """
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise ValueError(f'codecs take floating-point arrays, not {x.dtype}')
@@ -191,9 +189,9 @@ def encode(
     codes, scales, powers = range_expansion.expand(x, codec.format, codec.block)
   else:
     scales = groups.reduce(jnp.max, jnp.abs(x), codec.block)
-    # The reciprocal of what is not a normal number may be infinite.
-    inverse = jnp.where(scales >= jnp.finfo(scales.dtype).tiny, 1 / scales, 0)
-    codes = codec.map.encode(x * groups.spread(inverse, codec.block, x.shape))
+    # What is less than normal may be flushed to zero.
+    divisor = jnp.where(scales < jnp.finfo(jnp.float32).tiny, jnp.inf, scales)
+    codes = codec.map.encode(x / groups.spread(divisor, codec.block, x.shape))
     codes = codes.astype(jnp.int32).astype(jnp.uint8)
   codes = codes.reshape(shape)
   if codec.bits == 4:

@@ -1,0 +1,207 @@
+"""One update with a state in few bits, of which little is decoded at a time."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from frugax.optim import leafwise
+from frugax.quant.codecs import Codec, Coded, decode, encode
+from frugax.quant.rounding import random_bits
+
+# Elements that a CPU's cache holds in float32, several times.
+_CACHED = 2**16
+# A first axis that is longer than that is not one of layers.
+_LAYERS = 128
+
+
+class Spot(NamedTuple):
+  """What is known of an array of the state, or of a gradient.
+
+  Attributes:
+    owner: the parameter that it belongs to, or `leafwise.SHARED`.
+    codec: how it is stored; None if it is left as it is.
+    batch_axes: number of leading axes that blocks and random bits respect.
+    stack: whether its first axis is taken for one of layers.
+    hash: a number of its path.
+  """
+
+  owner: int = leafwise.SHARED
+  codec: Codec | None = None
+  batch_axes: int = 0
+  stack: bool = False
+  hash: int = 0
+
+  @property
+  def packed(self) -> bool:
+    """Whether decoding takes more memory than what is stored."""
+    return self.codec is not None and self.codec.format != 'f32'
+
+  @property
+  def random(self) -> bool:
+    return self.codec is not None and self.codec.format == 'bf16_stochastic'
+
+  def store(self, x, key, shape=None, start=0):
+    """Encode an array, or the rows from `start` of an array of that shape."""
+    if self.codec is None:
+      return x
+    bits = None
+    if self.random:
+      own = jax.random.fold_in(key, self.hash)
+      rows = None if shape is None else (start, x.shape[0])
+      bits = random_bits(own, shape or x.shape, self.batch_axes, rows)
+    return encode(x, self.codec, self.batch_axes, bits)
+
+  def load(self, x):
+    """The inverse of `store`."""
+    return x if self.codec is None else decode(x, self.codec.sqrt)
+
+
+def run(
+  function: Callable[..., list[jax.Array]],
+  arrays: list[jax.Array | Coded],
+  spots: list[Spot],
+  mirrored: list[int],
+  key: jax.Array | None,
+) -> list[jax.Array | Coded]:
+  """Decode the inputs of a function, and encode its outputs.
+
+  If the function does not mix what belongs to different owners, this is done
+  for one owner after the other; if it is elementwise, in parts besides: layers
+  of a stack, and on one CPU device what fits the cache. Otherwise all is
+  decoded at once.
+
+  Args:
+    function: from the decoded inputs to a list of outputs.
+    arrays: the inputs, stored.
+    spots: what is known of them.
+    mirrored: for each output the input that it takes the place of.
+    key: for stochastic rounding, of this update.
+
+  Returns:
+    The outputs, stored.
+  """
+  owners = [spot.owner for spot in spots]
+  outputs = {}
+  for j, k in enumerate(mirrored):
+    outputs.setdefault(owners[k], []).append(j)
+  structs = [
+    jax.eval_shape(spot.load, x) for spot, x in zip(spots, arrays, strict=True)
+  ]
+  program = leafwise.Program(function, structs, owners)
+  if not program.separates([owners[k] for k in mirrored]):
+    new = function(*map(Spot.load, spots, arrays))
+    return [spots[k].store(x, key) for k, x in zip(mirrored, new, strict=True)]
+
+  def leaves(arrays, key, cached):
+    parts = {
+      i: division
+      for i, out in outputs.items()
+      if (
+        division := _division(i, out, program, structs, spots, arrays, cached)
+      )
+    }
+    cut = [
+      jax.ShapeDtypeStruct(parts[i].shape, x.dtype) if i in parts else x
+      for i, x in zip(owners, structs, strict=True)
+    ]
+    small = leafwise.Program(function, cut, owners) if parts else program
+    shared = {
+      k: arrays[k] for k, i in enumerate(owners) if i == leafwise.SHARED
+    }
+    new, before = [None] * len(mirrored), None
+    for i, out in outputs.items():
+      own = {k: arrays[k] for k, o in enumerate(owners) if o == i}
+      packed = any(spots[k].packed for k in own)
+      if packed and before is not None and not cached:
+        # Nothing of this leaf is decoded before the last one is stored.
+        own, _ = jax.lax.optimization_barrier((own, before))
+      step = functools.partial(_step, small, out, spots, shared, key)
+      # What a function does may depend on shapes.
+      if i in parts and small.names(out) == program.names(out):
+        found = _loop(step, own, [mirrored[j] for j in out], parts[i], structs)
+      else:
+        step = functools.partial(_step, program, out, spots, shared, key)
+        found = step(own, [mirrored[j] for j in out])
+      for j, x in zip(out, found, strict=True):
+        new[j] = x
+      if packed:
+        before = found[1:]
+    return new
+
+  meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arrays)]
+  if any(mesh.size > 1 for mesh in meshes):
+    return leaves(arrays, key, cached=False)
+  return jax.lax.platform_dependent(
+    arrays,
+    key,
+    cpu=functools.partial(leaves, cached=True),
+    default=functools.partial(leaves, cached=False),
+  )
+
+
+def _division(owner, outputs, program, structs, spots, arrays, cached):
+  """How the arrays of a leaf are divided; None if they are not."""
+  own = [k for k, spot in enumerate(spots) if spot.owner == owner]
+  packed = [k for k in own if spots[k].packed]
+  if owner == leafwise.SHARED or not packed:
+    return None
+  shape = structs[own[0]].shape
+  if not program.elementwise(outputs, shape):
+    return None
+  rows = min(
+    len(shape) - (x.merged if isinstance(x, Coded) else 1)
+    for x in (arrays[k] for k in packed)
+  )
+  if any(spots[k].random for k in own):
+    rows = min(rows, 1)  # Random bits are counted along the first axis.
+  if cached:
+    return leafwise.cut(shape, rows, _CACHED)
+  if rows and shape[0] <= _LAYERS and any(spots[k].stack for k in packed):
+    return leafwise.Parts(shape[0], 1, (1, *shape[1:]))
+  return None
+
+
+def _step(program, outputs, spots, shared, key, own, places, whole=None, at=0):
+  """Load, compute and store the arrays of a leaf, or parts of them."""
+  values = {k: spots[k].load(x) for k, x in own.items()}
+  new = program.run(outputs, shared | values)
+  return [
+    spots[k].store(x, key, whole, at) for k, x in zip(places, new, strict=True)
+  ]
+
+
+def _loop(step, own, places, parts, structs):
+  """The same part by part, in place."""
+  whole = structs[places[0]].shape
+  height = parts.shape[0] if parts.rows == 1 else None
+  split = jax.tree.map(parts.split, own)
+  changing = [split[k] for k in places]
+  # The update takes the place of the gradient if nothing is computed from the
+  # gradient after it: where there are scales of blocks, which need all moments
+  # first. Otherwise XLA would copy the whole array to get the order right.
+  packed = all(isinstance(own[k], Coded) for k in places[1:])
+  if not packed:
+    changing[0] = jnp.zeros_like(changing[0])
+  fixed = {
+    k: x
+    for k, x in split.items()
+    if k not in (places if packed else places[1:])
+  }
+
+  def body(j, changing):
+    now = fixed | {
+      k: x for k, x in zip(places, changing, strict=True) if k not in fixed
+    }
+    here = jax.tree.map(
+      lambda x, y: parts.at(x, y.shape[parts.rows :], j), now, own
+    )
+    new = step(here, places, whole, j * height if height else 0)
+    return jax.tree.map(lambda x, y: parts.put(x, y, j), changing, new)
+
+  new = jax.lax.fori_loop(0, parts.count, body, changing)
+  return jax.tree.map(
+    lambda x, y: x.reshape(y.shape), new, [own[k] for k in places]
+  )

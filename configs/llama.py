@@ -42,9 +42,17 @@ _OPTIMIZERS = {
     'rank': 128,
     'update_interval': 200,
     'scale': 0.25,
+    'projector': 'sketch',  # the authors' svd gathers sharded gradients
     'weight_decay': 0.0,
   },
+  'adam_sn': {'learning_rate': 5e-2},
+  'snsm': {'learning_rate': 5e-2, 'rank': 128, 'update_interval': 100},
 }
+# Methods whose authors compress the head like all linear layers.
+_WITH_HEAD = ('adam_sn', 'adamw_sn', 'adagrad_sn', 'snsm')
+
+# 4-bit weights and activations, simulated: see frugax.lowbit.
+_SIMULATED = ('fp4_sim', 'int4_sim')
 
 
 def get_config(arg=None):
@@ -53,7 +61,7 @@ def get_config(arg=None):
   )
   for name, valid in (
     ('size', tuple(_SCHEDULES)),
-    ('matmul', ('auto', 'f32', 'bf16')),
+    ('matmul', ('auto', 'f32', 'bf16', *_SIMULATED)),
     ('data', ('stdlib', 'c4')),
   ):
     fx_config.check_choice(name, args[name], valid)
@@ -61,7 +69,7 @@ def get_config(arg=None):
   steps, warmup, rank, batch_size = _SCHEDULES[args.size]
   # CPUs multiply float32 faster than bfloat16; accelerators the reverse.
   matmul = args.matmul
-  if matmul == 'auto':
+  if matmul == 'auto' or matmul in _SIMULATED:
     matmul = 'f32' if tiny else 'bf16'
 
   c = ConfigDict()
@@ -74,11 +82,14 @@ def get_config(arg=None):
   c.z_loss = 0.0
   c.compat_eval = False  # also log the published harness's N/(N+1) value
   c.skip_nonfinite = False  # leave out steps whose loss is not finite
+  c.rounding = 'nearest'  # of weights in bfloat16; or stochastic
 
   c.model = ConfigDict()  # open: any field of LlamaConfig
   c.model.size = args.size
   c.model.dtype = {'f32': 'float32', 'bf16': 'bfloat16'}[matmul]
   c.model.param_dtype = 'float32'
+  if args.matmul in _SIMULATED:
+    c.model.matmul = args.matmul
   c.model.remat = 'none' if args.size in ('tiny', '10m', '60m') else 'full'
   if args.data == 'stdlib':
     c.model.vocab_size = 320
@@ -90,11 +101,13 @@ def get_config(arg=None):
   if tiny and args.opt == 'galore':
     c.optimizer.learning_rate = 2e-2  # better than 1e-2 in a short comparison
   c.schedule = ConfigDict()  # open: any argument of the named schedule
-  c.schedule.name = 'cosine'
+  c.schedule.name = 'cosine'  # constant, linear, wsd, infinite, rewarm
   c.schedule.warmup_steps = warmup
   c.schedule.final_fraction = 0.1
   # Regular expressions over parameter paths such as layers/attn/q/kernel.
   c.projected = r'attn/|mlp/'  # matrices that low-rank methods compress
+  if args.opt in _WITH_HEAD:
+    c.projected += '|lm_head/'
   c.decayed = r'kernel|embedding'  # parameters that weight decay applies to
   # Groups of parameters with an optimizer of their own, e.g.
   # --config.groups.head.match=lm_head --config.groups.head.learning_rate=1e-3

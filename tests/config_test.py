@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from frugax import config as fx_config
+from frugax.models import llama
 
 _FILE = str(pathlib.Path(__file__).parents[1] / 'configs' / 'llama.py')
 
@@ -21,6 +22,14 @@ def test_arguments_choose_the_presets():
   assert (c.model.size, c.optimizer.name, c.steps) == ('60m', 'adamw', 10_000)
   assert c.model.dtype == 'bfloat16'
   assert _parse(arguments='size=60m,matmul=f32').model.dtype == 'float32'
+
+
+def test_simulated_matmuls_are_recipes_of_the_model():
+  c = _parse(arguments='size=60m,matmul=fp4_sim')
+  assert c.model.matmul == 'fp4_sim' and c.model.dtype == 'bfloat16'
+  fields = c.model.to_dict()
+  assert llama.config(fields.pop('size'), **fields).matmul == 'fp4_sim'
+  assert 'matmul' not in _parse(arguments='size=60m,matmul=bf16').model
 
 
 @pytest.mark.parametrize(

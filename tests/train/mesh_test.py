@@ -132,26 +132,159 @@ def test_activations_are_cut(make_config):
   assert cut < 0.5 * whole
 
 
+class Device(types.SimpleNamespace):
+  """A device of a machine that is not there."""
+
+  __hash__ = object.__hash__
+
+
+def tpus(hosts, height=4, width=4, kind='TPU v5 lite', slice_index=0):
+  """The chips of a described slice: a grid, each host with a 2 x 2 part."""
+  found = [
+    Device(
+      id=slice_index * height * width + y * width + x,
+      process_index=slice_index * hosts + y // 2 * (width // 2) + x // 2,
+      slice_index=slice_index,
+      coords=(x, y, 0),
+      core_on_chip=0,
+      platform='tpu',
+      device_kind=kind,
+    )
+    for y in range(height)
+    for x in range(width)
+  ]
+  return sorted(found, key=lambda device: (device.process_index, device.id))
+
+
+def described(spec, devices):
+  """The layout over such devices, of which jax could make no mesh."""
+  sizes = mesh.parse_mesh(spec, len(devices))
+  grid = mesh._arrange(tuple(sizes.values()), devices)
+  return mesh.Layout(types.SimpleNamespace(shape=sizes, devices=grid), {})
+
+
+def shares(layout):
+  """Of each process (index, count) and its parts."""
+  found = []
+  for i in sorted({d.process_index for d in layout.mesh.devices.flat}):
+    with mock.patch.object(jax, 'process_index', lambda i=i: i):
+      found.append((layout.share(), layout.parts()))
+  return found
+
+
 def test_rows_are_shared_out_by_the_mesh():
   """Processes whose devices hold the same rows load the same rows."""
 
-  def share(spec, n_processes, index):
+  def share(spec, n_processes):
     devices = [
-      types.SimpleNamespace(process_index=i * n_processes // 8, id=i)
+      Device(process_index=i * n_processes // 8, id=i, platform='cpu')
       for i in range(8)
     ]
-    sizes = mesh.parse_mesh(spec, 8)
-    grid = types.SimpleNamespace(
-      shape=sizes,
-      devices=np.array(devices).reshape(tuple(sizes.values())),
-    )
-    with mock.patch.object(jax, 'process_index', lambda: index):
-      return mesh.Layout(grid, mesh.RULES).share()
+    for device in devices:
+      device.device_kind = 'cpu'
+    return [which for which, _ in shares(described(spec, devices))]
 
-  assert [share('fsdp=8', 4, i) for i in range(4)] == [(i, 4) for i in range(4)]
-  assert [share('data=2,tensor=4', 2, i) for i in range(2)] == [(0, 2), (1, 2)]
-  assert [share('data=2,tensor=4', 4, i) for i in range(4)] == [
-    *((0, 2), (0, 2), (1, 2), (1, 2))
-  ]
-  assert [share('tensor=8', 4, i) for i in range(4)] == [(0, 1)] * 4
+  assert share('fsdp=8', 4) == [(i, 4) for i in range(4)]
+  assert share('data=2,tensor=4', 2) == [(0, 2), (1, 2)]
+  assert share('data=2,tensor=4', 4) == [(0, 2), (0, 2), (1, 2), (1, 2)]
+  assert share('tensor=8', 4) == [(0, 1)] * 4
   assert mesh.make_layout('fsdp=8').share() == (0, 1)
+  assert mesh.make_layout('fsdp=4,tensor=2').parts() == [0, 1, 2, 3]
+
+
+def test_a_tpus_mesh_scatters_the_parts_of_a_process():
+  """jax winds an axis through a v5e-16; each host still has its own share."""
+  wound = shares(described('fsdp=-1', tpus(4)))
+  assert [which for which, _ in wound] == [(i, 4) for i in range(4)]
+  assert wound[0][1] == [0, 1, 6, 15]
+  assert sorted(p for _, parts in wound for p in parts) == list(range(16))
+  # A process has the same share, so the same rows, on other meshes.
+  for spec in ('data=4,fsdp=4', 'fsdp=8,tensor=2', 'data=2,fsdp=4,context=2'):
+    other = shares(described(spec, tpus(4)))
+    assert [which for which, _ in other] == [(i, 4) for i in range(4)], spec
+  # Two hosts of tensor parallelism: the same rows for both.
+  assert shares(described('fsdp=4,tensor=4', tpus(4))) == [
+    *[((0, 2), [0, 1])] * 2,
+    *[((1, 2), [2, 3])] * 2,
+  ]
+
+
+def test_shares_merge_where_processes_meet_and_must_be_equal():
+  def layout(*processes):
+    devices = np.array([Device(process_index=i) for i in processes])
+    grid = types.SimpleNamespace(
+      shape={'data': 1, 'fsdp': 4}, devices=devices.reshape(1, 4, -1)
+    )
+    return mesh.Layout(grid, {})
+
+  # A chain: 0 and 1 meet in part 1, 1 and 2 in part 2.
+  assert shares(layout(0, 0, 0, 1, 1, 2, 2, 2)) == [
+    ((0, 1), [0, 1, 2, 3]) for _ in range(3)
+  ]
+  # Shares are numbered by their processes, not by their parts.
+  assert shares(layout(1, 1, 0, 0)) == [((0, 2), [2, 3]), ((1, 2), [0, 1])]
+  with mock.patch.object(mesh.Layout, '__str__', lambda self: 'M'):
+    with pytest.raises(ValueError, match=r'hold \[1, 3\] of the 4 parts'):
+      shares(layout(0, 0, 0, 1))
+    with pytest.raises(ValueError, match='process 0 has no device'):
+      layout(1, 1, 1, 1).share()
+
+
+@pytest.mark.parametrize(
+  'spec', ['fsdp=16', 'data=2,fsdp=8', 'fsdp=8,tensor=2', 'fsdp=4,tensor=4']
+)
+def test_every_row_of_every_process_gets_to_one_part(spec):
+  layout, length = described(spec, tpus(4)), 3
+  n_parts = layout.mesh.shape['data'] * layout.mesh.shape['fsdp']
+  size = 2  # rows of a part
+  batch = np.full((n_parts * size, length), -1)
+  for i in range(4):
+    with mock.patch.object(jax, 'process_index', lambda i=i: i):
+      (index, count), parts = layout.share(), layout.parts()
+      n = n_parts * size // count
+      rows = index * n + np.arange(n)[:, None] + np.zeros((n, length), int)
+      program = types.SimpleNamespace(
+        layout=types.SimpleNamespace(
+          share=layout.share, parts=layout.parts, sharding=lambda *_: None
+        )
+      )
+      with mock.patch.object(
+        jax, 'make_array_from_callback', lambda shape, _, part: (shape, part)
+      ):
+        shape, part = step.Program.put(program, {'tokens': rows})['tokens']
+    assert shape == batch.shape
+    for p in parts:
+      at = slice(p * size, (p + 1) * size)
+      new = part((at, slice(1, None)))
+      # Who shares a part has the same rows for it.
+      assert (batch[at, 1:] == -1).all() or (batch[at, 1:] == new).all()
+      batch[at, 1:] = new
+  assert sorted(batch[:, 1]) == list(range(n_parts * size))
+
+
+def test_axes_smaller_than_those_of_the_machine():
+  """jax.make_mesh refuses this on a v6e, whose grid is 4 x 4."""
+  layout = described('fsdp=8,tensor=2', tpus(4, kind='TPU v6 lite'))
+  for pair in layout.mesh.devices.reshape(8, 2):
+    a, b = (np.array(d.coords) for d in pair)
+    assert np.abs(a - b).sum() == 1  # neighbours
+
+
+def test_outer_axes_span_slices():
+  devices = tpus(4) + tpus(4, slice_index=1)
+  for spec, first in [
+    ('data=2,fsdp=-1', 16),
+    ('fsdp=-1', 16),
+    ('fsdp=2,tensor=-1', 16),
+  ]:
+    grid = described(spec, devices).mesh.devices.reshape(-1)
+    assert {d.slice_index for d in grid[:first]} == {0}, spec
+  with pytest.raises(ValueError, match='the 3 slices do not divide'):
+    described(
+      'fsdp=16',
+      [
+        *tpus(1, 2, 2),
+        *tpus(1, 2, 2, slice_index=1),
+        *tpus(2, 2, 4, slice_index=2),
+      ],
+    )

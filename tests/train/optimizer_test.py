@@ -33,7 +33,7 @@ def _one_update(model, tx):
 @pytest.mark.parametrize(
   'name',
   ['galore', 'adamw', 'lion', 'adafactor', 'lamb', 'rmsprop', 'sgd', 'muon']
-  + ['dadapt_adamw', 'prodigy'],
+  + ['dadapt_adamw', 'prodigy', 'adam_sn', 'snsm', 'sgd_sai', 'grad_norm_lorp'],
 )
 def test_any_optimizer_by_name(name, model, make_config):
   config = make_config(f'size=tiny,opt={name}', schedule__warmup_steps=0)
@@ -60,6 +60,18 @@ def test_only_the_projected_leaves_are_small(model, make_config):
     optim.state_bytes(hand, params)['moments']
     == (optim.state_bytes(tx, params)['moments'])
   )
+
+
+@pytest.mark.parametrize('name', ['adam_sn', 'adagrad_sn', 'snsm'])
+def test_subset_norm_is_for_all_linear_layers_and_the_head(
+  name, model, make_config
+):
+  tx, _ = _build(model, make_config(f'size=tiny,opt={name}'))
+  params = jax.eval_shape(model.init, jax.random.PRNGKey(0))
+  nu = optax.tree.get(jax.eval_shape(tx.init, params), 'nu')
+  assert nu['lm_head']['kernel'].shape == (320,)
+  assert nu['layers']['mlp']['down']['kernel'].shape == (2, 44)
+  assert nu['embed']['embedding'].shape == (320, 32)
 
 
 def test_weight_decay_leaves_the_norms_alone(model, make_config):
@@ -138,3 +150,81 @@ def test_schedules(name, want):
   schedule = optimizer.make_schedule(config, 2.0, 110)
   got = [float(schedule(step)) for step in (0, 5, 10, 60, 110)]
   np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('config', 'want'),
+  [
+    (
+      {'name': 'wsd', 'warmup_steps': 10, 'decay_steps': 20},
+      {0: 0, 5: 1, 10: 2, 80: 2, 90: 1.1, 100: 0.2},
+    ),
+    ({'name': 'wsd', 'decay': 'sqrt'}, {90: 2, 92.5: 1.1, 100: 0.2}),
+    (
+      {'name': 'infinite', 'warmup_steps': 10},
+      {5: 1, 10: 2, 25: 1.25, 40: 0.5, 100: 0.5, 10**6: 0.5},
+    ),
+    (
+      {
+        'name': 'infinite',
+        'warmup_steps': 10,
+        'cooldown_steps': 20,
+        'constant_fraction': 0.5,
+        'anneal_steps': 30,
+        'cooldown': 'inverse_sqrt',
+      },
+      {10: 2, 30: 1, 70: 1, 85: 0.1**0.5 * 1.0 * 0.2**0.5, 100: 0.02},
+    ),
+    (
+      {'name': 'rewarm', 'begin': 40, 'warmup_steps': 20},
+      {39: 0.2, 50: 1.1, 60: 2, 80: 1.1, 100: 0.2},
+    ),
+  ],
+)
+def test_schedules_of_open_runs(config, want):
+  schedule = optimizer.make_schedule(config, 2.0, 100)
+  got = {step: float(schedule(step)) for step in want}
+  np.testing.assert_allclose([*got.values()], [*want.values()], rtol=1e-5)
+
+
+@pytest.mark.parametrize('name', optimizer.SCHEDULES)
+def test_schedules_of_runs_that_are_all_warm_up(name):
+  schedule = optimizer.make_schedule({'name': name, 'warmup_steps': 8}, 2.0, 4)
+  start = 0.2 if name == 'rewarm' else 0.0
+  np.testing.assert_allclose(float(schedule(4)), start + (2 - start) / 2)
+
+
+def test_more_steps_change_the_last_phase_only():
+  short, long = (
+    optimizer.make_schedule({'name': 'wsd', 'decay_steps': 20}, 1.0, steps)
+    for steps in (100, 200)
+  )
+  assert all(float(short(step)) == float(long(step)) for step in range(81))
+  assert float(short(90)) < float(long(90))
+
+
+def test_layers_of_stacked_vectors_are_told_apart(model, make_config):
+  """What measures whole arrays measures each layer's norm scale by itself."""
+  tx, _ = _build(model, make_config('size=tiny,opt=sgd_sai'))
+  params = jax.eval_shape(model.init, jax.random.PRNGKey(0))
+  ratios = jax.eval_shape(tx.init, params)[0].gsnr
+  shapes = jax.tree.map(jnp.shape, ratios)
+  layers = jax.tree.leaves(shapes['layers'], is_leaf=lambda x: x == (2,))
+  assert set(layers) == {(2,)}
+  assert all(x == () for x in jax.tree.leaves(shapes['embed']))
+
+
+@pytest.mark.parametrize('name', ['adamw', 'lion', 'galore'])
+def test_any_state_is_kept_in_the_codec_that_is_named(name, model, make_config):
+  def sizes(**codec):
+    config = make_config(f'size=tiny,opt={name}', **codec)
+    shapes = jax.eval_shape(model.init, jax.random.PRNGKey(0))
+    return optim.state_bytes(_build(model, config)[0], shapes)['total']
+
+  assert sizes(optimizer__state_codec='dynamic8') < 0.7 * sizes()
+
+
+def test_an_unknown_codec_is_refused(model, make_config):
+  config = make_config('size=tiny,opt=adamw', optimizer__state_codec='dynamic9')
+  with pytest.raises(ValueError, match="'dynamic9': did you mean 'dynamic8'"):
+    _build(model, config)

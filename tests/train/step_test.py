@@ -1,12 +1,14 @@
 """The step against hand-made gradients, in float64 where it counts."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from frugax.train import step
+from frugax.train import loop, step
 
 
 class Bigram:
@@ -46,8 +48,8 @@ def _truth(w, batch, z_loss=0.0):
   return total / n, grad / n
 
 
-def _run(batch, lr=1.0, steps=1, tx=None, **kw):
-  model = Bigram()
+def _run(batch, lr=1.0, steps=1, tx=None, model=None, **kw):
+  model = model or Bigram()
   tx = tx or optax.sgd(lr)
   state = step.init_state(model, tx, jax.random.PRNGKey(1))
   w = np.asarray(state.params['w'])
@@ -115,6 +117,28 @@ def test_nonfinite_step_is_skipped_and_counted():
   assert not np.isfinite(state.params['w']).all()
 
 
+def test_bfloat16_parameters_can_be_rounded_stochastically():
+  """Steps far below the spacing: to nearest, no weight ever moves."""
+
+  class Half(Bigram):
+    def init(self, key):
+      return {'w': jnp.ones((8, 8), jnp.bfloat16)}
+
+  def moved(**kw):
+    w, state, _ = _run(_batch(), lr=0.02, steps=200, model=Half(), **kw)
+    return np.asarray(state.params['w'], np.float32) - np.float32(w)
+
+  assert (moved() == 0).all()
+  _, grad = _truth(np.ones((8, 8)), _batch())
+  assert np.abs(0.02 * grad).max() < 2**-9
+  drift = moved(rounding='stochastic')
+  # The losses are nearly those at the start all along.
+  assert np.corrcoef(drift.ravel(), -grad.ravel())[0, 1] > 0.8
+  np.testing.assert_array_equal(drift, moved(rounding='stochastic'))
+  with pytest.raises(ValueError, match="unknown rounding 'up'"):
+    moved(rounding='up')
+
+
 def test_bfloat16_parameters_accumulate_in_float32():
   class HalfBigram(Bigram):
     def init(self, key):
@@ -173,6 +197,23 @@ def test_eval_step_sums(make_config):
   np.testing.assert_allclose(sums['loss'], loss * len(counted), rtol=1e-6)
   assert int(sums['tokens']) == len(counted)
   assert int(sums['bytes']) == np.asarray(size)[counted].sum()
+
+
+def test_counts_of_the_optimizer_reach_the_metric_file(make_config, tmp_path):
+  config = make_config(
+    'size=tiny,opt=stable_spam',
+    mesh='data=1',
+    optimizer__reset_interval=2,
+    optimizer__algorithm='paper',
+  )
+  loop.train(config, tmp_path, devices=jax.devices()[:1])
+  text = (tmp_path / 'metrics.jsonl').read_text()
+  rows = [row for row in map(json.loads, text.splitlines()) if 'loss' in row]
+  assert [row['reset_count'] for row in rows] == [0, 1, 1, 2, 2, 3]
+  for name in ('clip_count', 'damp_count'):
+    counts = [row[name] for row in rows]
+    assert counts == sorted(counts)
+    assert counts[-1] > 0
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from frugax import names as fx_names
@@ -147,30 +148,60 @@ class Layout:
     """Which share of a batch's rows this process loads, and of how many.
 
     Processes whose devices hold the same rows (tensor or context parallelism
-    across hosts) have the same share.
+    across hosts) have the same share. Shares are numbered by their first
+    process: where each process has one of its own, it is the same on every
+    mesh, and so are the rows it loads. Where in the batch they lie is not, see
+    `parts`; a loss that is a sum over rows does not depend on it.
 
     Returns:
-      (index, count): of a batch of B rows those from index * B / count on.
+      (index, count): this process loads 1 / count of the rows.
 
     Raises:
-      ValueError: this process's devices hold rows that are not one block.
+      ValueError: shares that are not equally large, or a process without
+        devices in the mesh.
     """
-    n_groups = self.mesh.shape['data'] * self.mesh.shape['fsdp']
-    groups = self.mesh.devices.reshape(n_groups, -1)
-    mine = [
-      i
-      for i, devices in enumerate(groups)
-      if any(d.process_index == jax.process_index() for d in devices)
-    ]
-    n = len(mine)
-    if mine != list(range(mine[0], mine[0] + n)) or n_groups % n or mine[0] % n:
+    shares = self._shares()
+    for i, (processes, _) in enumerate(shares):
+      if jax.process_index() in processes:
+        return i, len(shares)
+    raise ValueError(
+      f'process {jax.process_index()} has no device in the mesh {self}'
+    )
+
+  def parts(self) -> list[int]:
+    """Which parts of a batch, cut over data x fsdp, are this process's share.
+
+    They need not be neighbours: the mesh winds through the machine so that
+    devices next to each other on an axis are next to each other in hardware.
+    On a TPU v5e:4x4 one of four processes holds the parts 0, 1, 6 and 15 of 16.
+
+    Returns:
+      The parts in ascending order; the process's rows belong there in order.
+    """
+    return sorted(self._shares()[self.share()[0]][1])
+
+  def _shares(self) -> list[tuple[set[int], set[int]]]:
+    """The processes and the parts of each share; no two have any in common."""
+    n_parts = self.mesh.shape['data'] * self.mesh.shape['fsdp']
+    parts: dict[int, set[int]] = {}
+    for part, devices in enumerate(self.mesh.devices.reshape(n_parts, -1)):
+      for device in devices:
+        parts.setdefault(device.process_index, set()).add(part)
+    shares: list[tuple[set[int], set[int]]] = []
+    for process, own in parts.items():
+      together = {process}
+      for other in [share for share in shares if share[1] & own]:
+        shares.remove(other)
+        together |= other[0]
+        own |= other[1]
+      shares.append((together, own))
+    if len({len(own) for _, own in shares}) > 1:
       raise ValueError(
-        f'the devices of process {jax.process_index()} hold the parts {mine} of'
-        f' {n_groups} of a batch on the mesh {self}, which is no block that it'
-        ' could load; choose sizes of data and fsdp that divide, or are'
-        " divided by, each process's devices"
+        f'processes hold {sorted(len(own) for _, own in shares)} of the'
+        f' {n_parts} parts of a batch on the mesh {self}, but all must load'
+        ' equally many rows; give each process equally many devices'
       )
-    return mine[0] // n, n_groups // n
+    return sorted(shares, key=lambda share: min(share[0]))
 
   def check_batch(self, rows: int, sequence_length: int, what: str) -> None:
     """Raises unless the mesh cuts rows x sequence_length evenly."""
@@ -200,21 +231,49 @@ def make_layout(
 
   Args:
     spec: as in `parse_mesh`.
-    devices: the devices; their order is left to jax.
+    devices: the devices; their order is left to jax, which knows how they are
+      wired.
 
   Returns:
     The layout, with the rules `RULES`.
 
   Raises:
-    ValueError: as `parse_mesh`.
+    ValueError: as `parse_mesh`; slices of TPUs that do not divide over it.
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = parse_mesh(spec, len(devices))
   # Auto axes: linen's modules know nothing of shardings in types.
-  mesh = jax.make_mesh(
-    tuple(sizes.values()),
+  mesh = Mesh(
+    _arrange(tuple(sizes.values()), devices),
     tuple(sizes),
     axis_types=(AxisType.Auto,) * len(sizes),
-    devices=devices,
   )
   return Layout(mesh, RULES)
+
+
+def _arrange(shape: tuple[int, ...], devices: Sequence[jax.Device]):
+  """The devices in this shape, neighbours on an axis also in hardware.
+
+  jax.make_mesh does the same, but knows neither several slices of TPUs nor,
+  except on v5e, an axis that is a part of a hardware axis.
+  """
+  slices = {getattr(device, 'slice_index', 0) for device in devices}
+  if devices[0].platform != 'tpu' or len(slices) == 1:
+    return mesh_utils.create_device_mesh(
+      shape, devices, allow_split_physical_axes=True
+    )
+  # The slow network between slices is for the outermost axes.
+  outer, left = [], len(slices)
+  for size in shape:
+    outer.append(math.gcd(size, left))
+    left //= outer[-1]
+  if left > 1:
+    raise ValueError(
+      f'the {len(slices)} slices do not divide over the axes of the mesh'
+      f' {dict(zip(AXES, shape, strict=True))}; choose a size of data or fsdp'
+      f' that is a multiple of {len(slices)}'
+    )
+  inner = [size // n for size, n in zip(shape, outer, strict=True)]
+  return mesh_utils.create_hybrid_device_mesh(
+    inner, outer, devices, allow_split_physical_axes=True
+  )

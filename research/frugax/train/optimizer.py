@@ -11,7 +11,8 @@ import optax
 
 from frugax import names, optim
 
-_RESERVED = ('name', 'match')  # keys of a group that are no arguments
+# Keys of a section that are no arguments of the optimizer.
+_RESERVED = ('name', 'match', 'state_codec')
 
 
 def path_name(path) -> str:
@@ -43,7 +44,64 @@ def _warmup(peak, steps, after):
   return optax.join_schedules([rise, after], [steps])
 
 
-SCHEDULES = {'constant': _constant, 'linear': _linear, 'cosine': _cosine}
+def _wsd(
+  peak,
+  steps,
+  warmup_steps=0,
+  decay_steps=None,
+  final_fraction=0.1,
+  decay='linear',
+):
+  if decay_steps is None:
+    begin = max(steps - max(steps // 10, 1), warmup_steps)
+    decay_steps = max(steps - begin, 1)
+  else:
+    begin = max(steps - decay_steps, 0)
+  return optim.wsd_schedule(
+    peak, warmup_steps, begin, decay_steps, final_fraction * peak, decay
+  )
+
+
+def _infinite(
+  peak,
+  steps,
+  warmup_steps=0,
+  cooldown_steps=None,
+  constant_fraction=0.25,
+  anneal_steps=0,
+  final_fraction=0.01,
+  cooldown='cosine',
+):
+  if cooldown_steps is None:
+    cooldown_steps = 3 * warmup_steps
+  return optim.infinite_schedule(
+    peak,
+    constant_fraction * peak,
+    warmup_steps,
+    cooldown_steps,
+    steps - anneal_steps if anneal_steps else None,
+    anneal_steps,
+    final_fraction * peak,
+    cooldown,
+  )
+
+
+def _rewarm(
+  peak, steps, warmup_steps=0, begin=0, start_fraction=0.1, final_fraction=0.1
+):
+  decay = max(steps - begin - warmup_steps, 1)
+  start, final = start_fraction * peak, final_fraction * peak
+  return optim.rewarm_schedule(peak, begin, warmup_steps, decay, start, final)
+
+
+SCHEDULES = {
+  'constant': _constant,
+  'linear': _linear,
+  'cosine': _cosine,
+  'wsd': _wsd,
+  'infinite': _infinite,
+  'rewarm': _rewarm,
+}
 
 
 def make_schedule(
@@ -51,12 +109,22 @@ def make_schedule(
 ) -> optax.Schedule:
   """The learning-rate schedule of a config section.
 
-  The warm-up is linear from 0, so the first update is 0; then the named decay
-  until `steps`.
+  The warm-up is linear from 0, so the first update is 0; then what is named,
+  until `steps`. Rates are given as fractions of the peak:
+
+  - 'constant';
+  - 'linear' and 'cosine', to `final_fraction` at the end;
+  - 'wsd', constant, then a `decay` of the last `decay_steps` (a tenth of all);
+  - 'infinite', down to `constant_fraction` within `cooldown_steps` (three times
+    the warm-up), and at the end `anneal_steps` (none) down to `final_fraction`;
+  - 'rewarm', from step `begin` up from `start_fraction` and down again.
+
+  A run of 'wsd' or 'infinite' can be given more `steps` when it is resumed
+  before its last phase, on which alone they have an influence.
 
   Args:
-    config: name ('constant', 'linear', 'cosine') and that schedule's arguments
-      (warmup_steps, final_fraction: the last rate over the peak).
+    config: name and that schedule's arguments: warmup_steps, final_fraction and
+      those above.
     peak: the highest learning rate.
     steps: the length of the run.
 
@@ -131,6 +199,9 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """Builds the run's optimizer: one transformation, or one for each group.
 
+  A section with a `state_codec` ('dynamic8', say) keeps that optimizer's state
+  as `optim.quantize_state` does, whichever optimizer it is.
+
   Args:
     config: the run's config (sections optimizer, groups, schedule; steps,
       projected, decayed).
@@ -159,6 +230,8 @@ def make_optimizer(
     known = {**_defaults(config, params, axes, valid), **arguments}
     try:
       tx = make(schedule, **known)
+      if 'state_codec' in section:
+        tx = optim.quantize_state(tx, section['state_codec'])
       # Traced once here, where an argument of the wrong type can be named.
       state = jax.eval_shape(tx.init, params)
       extra = {'value': jnp.zeros([]), 'key': jax.random.PRNGKey(0)}
@@ -210,7 +283,13 @@ def _defaults(config, params, axes, valid) -> dict[str, Any]:
     lambda hit, a: a if hit else None, projected, optim.matrix_axes(axes)
   )
   if 'axes' in valid:
-    arguments['axes'] = matrices
+    # The names tell what is a stack where there is no matrix to tell it.
+    arguments['axes'] = jax.tree.map(
+      lambda hit, a, own: a if hit and a else own,
+      projected,
+      optim.matrix_axes(axes),
+      axes,
+    )
   if 'muon_weight_dimension_numbers' in valid:
     arguments['muon_weight_dimension_numbers'] = jax.tree.map(
       lambda a: optax.contrib.MuonDimensionNumbers(a.rows, a.cols), matrices

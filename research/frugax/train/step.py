@@ -81,6 +81,7 @@ def make_train_step(
   clip_norm: float = 0.0,
   z_loss: float = 0.0,
   skip_nonfinite: bool = False,
+  rounding: str = 'nearest',
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """Builds the function (state, batch) -> (state, metrics); jit it, donate.
 
@@ -96,11 +97,12 @@ def make_train_step(
     z_loss: weight of mean(logsumexp(logits)^2), which keeps logits small.
     skip_nonfinite: leave parameters and optimizer state as they were when the
       loss, the gradient or the update is not finite, and count it.
+    rounding: of bfloat16 parameters, see `optim.apply_updates`.
 
   Returns:
     The step. Its metrics are scalars: loss (nats per token, without the
     z-loss), tokens, learning_rate, grad_norm (before clipping), update_norm,
-    param_norm, skipped.
+    param_norm, skipped, and those that `optim.counts` finds.
 
   Raises:
     ValueError: accumulation does not divide the batch (when traced).
@@ -151,14 +153,11 @@ def make_train_step(
     if clip_norm:
       factor = jnp.minimum(1.0, clip_norm / jnp.maximum(grad_norm, 1e-30))
       grads = jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)
+    key = jax.random.fold_in(state.key, state.step)
     updates, opt_state = tx.update(
-      grads,
-      state.opt_state,
-      state.params,
-      value=loss,
-      key=jax.random.fold_in(state.key, state.step),
+      grads, state.opt_state, state.params, value=loss, key=key
     )
-    params = optax.apply_updates(state.params, updates)
+    params = optim.apply_updates(state.params, updates, key, rounding)
     update_norm = _norm(updates)
     skipped = state.skipped
     if skip_nonfinite:
@@ -176,6 +175,7 @@ def make_train_step(
       'update_norm': update_norm,
       'param_norm': _norm(params),
       'skipped': skipped,
+      **optim.counts(opt_state),
     }
     if schedule is not None:
       # The optimizer does not count the steps that were left out.
@@ -248,15 +248,18 @@ class Program:
   def put(self, batch) -> Batch:
     """This process's rows of a batch as global, sharded arrays."""
 
+    parts = self.layout.parts()
+    _, count = self.layout.share()
+
     def place(x):
-      index, count = self.layout.share()
       shape = (x.shape[0] * count, *x.shape[1:])
-      first = index * x.shape[0]
+      size = x.shape[0] // len(parts)
 
       def part(slices):
         rows, columns = slices
         start, stop, _ = rows.indices(shape[0])
-        return x[start - first : stop - first, columns]
+        first = parts.index(start // size) * size
+        return x[first : first + stop - start, columns]
 
       sharding = self.layout.sharding(('batch', 'sequence'), shape)
       return jax.make_array_from_callback(shape, sharding, part)
@@ -318,6 +321,7 @@ def build(config, devices: Sequence[jax.Device] | None = None) -> Program:
     clip_norm=config.clip_norm,
     z_loss=config.z_loss,
     skip_nonfinite=config.skip_nonfinite,
+    rounding=config.rounding,
   )
   return Program(
     layout=layout,

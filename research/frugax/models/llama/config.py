@@ -5,7 +5,7 @@ import numbers
 
 import jax.numpy as jnp
 
-from frugax import names
+from frugax import lowbit, names
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 
@@ -43,12 +43,14 @@ class LlamaConfig:
       keeps the results of matmuls; 'dots_no_batch' those of matmuls without
       batch axes, so the linears but not the attention scores; 'linears' the
       outputs of the linears whatever `dot_general` computes them.
+    matmul: low-bit recipe of the seven linears of a layer, a name that
+      `frugax.lowbit.recipe` knows; 'none' computes them in `dtype`.
     max_positions: context length written into a Hugging Face `config.json`;
       the model itself has no limit.
 
   Raises:
     ValueError: a size is not a positive integer, heads do not divide, a head is
-      of odd width, a float is not positive, a dtype or remat name is unknown.
+      of odd width, a float is not positive, or a name is unknown.
 
   Examples:
     >>> c = LlamaConfig(vocab_size=320, dim=64, n_layers=2, n_heads=4,
@@ -82,6 +84,7 @@ class LlamaConfig:
   dtype: str = 'float32'
   param_dtype: str = 'float32'
   remat: str = 'none'
+  matmul: str = 'none'
   max_positions: int = 2048
 
   def __post_init__(self):
@@ -93,6 +96,7 @@ class LlamaConfig:
       object.__setattr__(self, name, _dtype_name(name, getattr(self, name)))
     if self.remat not in REMAT:
       raise names.unknown('remat policy', self.remat, REMAT)
+    lowbit.recipe(self.matmul)  # raises where there is none
     if self.n_heads % self.n_kv_heads:
       raise ValueError(
         f'n_heads={self.n_heads} is not divisible by n_kv_heads='

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from frugax import lowbit
 from frugax.models.llama.config import LlamaConfig
 
 Params = dict
@@ -24,7 +25,6 @@ _POLICIES = {
 
 
 def _identity(x, names):
-  del names
   return x
 
 
@@ -189,8 +189,8 @@ class Llama:
   Args:
     config: the shape.
     dot_general: computes the seven linears of a layer, with the signature of
-      `jax.lax.dot_general`: the place for a low-bit matmul. The head and the
-      embedding stay out of it.
+      `jax.lax.dot_general`; None is the recipe `config.matmul`. The head and
+      the embedding stay out of it.
     constrain: called as `constrain(x, names)` on activations, and on the
       embedding before its look-up; returns `x` with a sharding. The model
       knows names, not meshes: 'batch', 'sequence', 'kv_sequence', 'act_embed',
@@ -224,9 +224,11 @@ class Llama:
     self,
     config: LlamaConfig,
     *,
-    dot_general: Callable = lax.dot_general,
+    dot_general: Callable | None = None,
     constrain: Callable = _identity,
   ):
+    recipe = lowbit.recipe(config.matmul)
+    dot_general = dot_general or lowbit.dot_general(recipe)
     self.config = config
     self._constrain = constrain
     self._block = Block(config, dot_general, constrain)
@@ -324,8 +326,7 @@ class Llama:
     table = self._constrain(
       params['embed']['embedding'], ('act_vocab', 'act_embed')
     )
-    x = jnp.take(table, tokens_BxT, axis=0)
-    x = x.astype(self.config.dtype)
+    x = jnp.take(table, tokens_BxT, axis=0).astype(self.config.dtype)
     return self._constrain(x, ('batch', 'sequence', 'act_embed'))
 
   def block(

@@ -88,3 +88,14 @@ def test_moments_that_cannot_turn_are_refused():
   tx = optim.q_galore(0.1, moments='rotate')
   with pytest.raises(ValueError, match=r"moments=Moments\('rotate'"):
     tx.init({'w': jnp.zeros((M, 2 * N))})
+
+
+def test_codes_are_never_taken_for_moments():
+  """They have the small matrix's shape; COAP would read them otherwise."""
+  tx = optim.low_rank(
+    optim.quantize_state(optax.scale_by_adam(), 'dynamic8', min_size=0),
+    RANK,
+    moments='rotate',
+  )
+  with pytest.raises(ValueError, match=r"moments=Moments\('rotate'"):
+    tx.init({'w': jnp.zeros((M, N))})

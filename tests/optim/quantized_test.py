@@ -85,27 +85,29 @@ def test_the_update_stays_close_to_adam():
       assert error < bound, codec
 
 
-MATRIX = 512 * 512 * 4
+MATRIX = 2048 * 2048 * 4
 
 
-@pytest.mark.parametrize('codec', ['dynamic8', 'linear8', 'bf16_stochastic'])
+@pytest.mark.parametrize(
+  ('codec', 'most'),
+  # In bfloat16 one of the moments is copied, as it is stored: 12 matrices.
+  [('dynamic8', 3), ('linear8', 3), ('fp8_e4m3', 3), ('bf16_stochastic', 13)],
+)
 @pytest.mark.parametrize(
   'shapes',
-  [{f'w{i}': (512, 512) for i in range(24)}, {'w': (24, 512, 512)}],
+  [{f'w{i}': (2048, 2048) for i in range(24)}, {'w': (24, 2048, 2048)}],
   ids=['leaves', 'stack'],
 )
-def test_little_is_decoded_at_a_time(codec, shapes):
-  """24 matrices, whose moments are 48 in float32."""
+def test_little_is_decoded_at_a_time(codec, most, shapes):
+  """24 matrices, whose moments are 48 in float32; gradients give way."""
   tx = quantize_state(optax.scale_by_adam(), codec)
   params = {
     k: jax.ShapeDtypeStruct(shape, jnp.float32) for k, shape in shapes.items()
   }
   state = jax.eval_shape(tx.init, params)
-  # In 8 bits the gradients give way to the updates.
-  donated = (0, 1) if '8' in codec else (1,)
-  update = jax.jit(tx.update, donate_argnums=donated)
+  update = jax.jit(tx.update, donate_argnums=(0, 1))
   memory = update.lower(params, state).compile().memory_analysis()
-  assert memory.temp_size_in_bytes < 3 * MATRIX
+  assert memory.temp_size_in_bytes < most * MATRIX
   # It is not hidden among the arguments.
   packed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
   assert memory.argument_size_in_bytes <= 24 * MATRIX + packed + 4096
@@ -114,7 +116,8 @@ def test_little_is_decoded_at_a_time(codec, shapes):
 
 def test_a_step_needs_no_more_than_its_gradients():
   """With them made in the step and updates applied, in float32 beside them."""
-  params = {f'w{i}': jnp.zeros((512, 512)) for i in range(24)}
+  matrix = jax.ShapeDtypeStruct((2048, 2048), jnp.float32)
+  params = {f'w{i}': matrix for i in range(24)}
   tx = optax.chain(
     quantize_state(optax.scale_by_adam()), optax.scale_by_learning_rate(1e-3)
   )
@@ -128,7 +131,7 @@ def test_a_step_needs_no_more_than_its_gradients():
 
   compiled = (
     jax.jit(step, donate_argnums=(0, 1))
-    .lower(params, tx.init(params), jnp.zeros((8, 512)))
+    .lower(params, jax.eval_shape(tx.init, params), jnp.zeros((8, 2048)))
     .compile()
   )
   temp = compiled.memory_analysis().temp_size_in_bytes

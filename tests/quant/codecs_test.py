@@ -162,8 +162,22 @@ def test_shapes_bytes_and_errors(shape, name, block, signed, batch, seed):
   top = np.pad(flat, [(0, 0), (0, pad)]).reshape(len(flat), -1, codec.block)
   top = np.repeat(top.max(-1), codec.block, axis=1)[:, :width].reshape(shape)
   if 'fp8' in name:
-    cell = 2**-3 if 'e4m3' in name else 2**-2
-    assert (np.abs(got - x) <= cell * 1.01 * np.abs(x)).all()
+    # Half a float's step in the power of the group, normal or subnormal.
+    digits, least, most = (3, -9, 448) if 'e4m3' in name else (2, -16, 57344)
+    k = np.repeat(np.asarray(coded.powers, np.float64) / 16, codec.block, -1)
+    k = k[..., :width].reshape(shape)
+    safe = np.where(top > 0, top, 1).astype(np.float64)
+    q = most * (np.abs(x, dtype=np.float64) / safe) ** k
+    step = 2.0 ** np.maximum(
+      np.floor(np.log2(np.maximum(q, 1e-300))) - digits, least
+    )
+    low, high = (
+      top * (np.maximum(q + s * step, 0) / most) ** (1 / k)
+      for s in (-0.501, 0.501)
+    )
+    assert (low * (1 - 1e-4) <= np.abs(got)).all()
+    assert (np.abs(got) <= np.maximum(high, top) * (1 + 1e-4)).all()
+    assert (np.sign(got) * np.sign(x) >= 0).all()
   else:
     numbers = TABLES[name, 0 if signed else 1]
     cell = np.diff(numbers).max() / 2

@@ -296,12 +296,15 @@ def test_a_workdir_that_cannot_be_is_refused(make_config, tmp_path):
 
 def test_two_processes_equal_one(command_line, tmp_path):
   """Real processes on loopback, also with a tensor axis across them."""
+  # The sketch's first basis starts from nothing: it turns more with the order
+  # of sums in a gradient than the runs may differ.
+  same = {'data__seed': 1, 'optimizer__projector': 'svd'}
   for spec in ('fsdp=4', 'tensor=4'):
     name = spec.replace('=', '')
-    argv = command_line(tmp_path / f'one {name}', mesh=spec, data__seed=1)
+    argv = command_line(tmp_path / f'one {name}', mesh=spec, **same)
     with open(tmp_path / 'log', 'w', encoding='utf-8') as log:
       assert _start(argv, 4, log).wait(timeout=300) == 0
-    argv = command_line(tmp_path / f'two {name}', mesh=spec, data__seed=1)
+    argv = command_line(tmp_path / f'two {name}', mesh=spec, **same)
     with socket.socket() as s:
       s.bind(('localhost', 0))
       port = s.getsockname()[1]

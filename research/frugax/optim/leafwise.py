@@ -183,20 +183,38 @@ class Parts(NamedTuple):
   shape: tuple[int, ...]
 
   def split(self, x: jax.Array) -> jax.Array:
-    """(rows..., rest...) to (count, rows of a part, rest...)."""
+    """(rows..., rest...) to (count, rows of a part, rest...), ready for `put`.
+
+    Numbers in bfloat16 become their bits: XLA would replace a part of them on a
+    CPU by converting the whole array to float32 and back.
+    """
     # Axes of size 1 should be free, but for some XLA copies the array.
     height = tuple(n for n in self.shape[: self.rows] if n > 1)
-    return x.reshape(self.count, *height, *x.shape[self.rows :])
+    return _bits(x.reshape(self.count, *height, *x.shape[self.rows :]))
 
-  def at(self, x: jax.Array, rest: tuple[int, ...], i: jax.Array) -> jax.Array:
-    """Part i of an array that was split."""
+  def at(self, x: jax.Array, like: jax.Array, i: jax.Array) -> jax.Array:
+    """Part i of an array that was `like` before it was split."""
     x = jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
-    return x.reshape(*self.shape[: self.rows], *rest)
+    if x.dtype != like.dtype:
+      x = jax.lax.bitcast_convert_type(x, like.dtype)
+    return x.reshape(*self.shape[: self.rows], *like.shape[self.rows :])
 
   def put(self, x: jax.Array, part: jax.Array, i: jax.Array) -> jax.Array:
     """The array that was split with part i replaced."""
-    part = part.reshape(x.shape[1:])
+    part = _bits(part).reshape(x.shape[1:])
     return jax.lax.dynamic_update_index_in_dim(x, part, i, 0)
+
+  def join(self, x: jax.Array, like: jax.Array) -> jax.Array:
+    """The inverse of `split`."""
+    if x.dtype != like.dtype:
+      x = jax.lax.bitcast_convert_type(x, like.dtype)
+    return x.reshape(like.shape)
+
+
+def _bits(x):
+  if x.dtype != jnp.bfloat16:
+    return x
+  return jax.lax.bitcast_convert_type(x, jnp.uint16)
 
 
 def cut(shape: tuple[int, ...], rows: int, size: int) -> Parts | None:

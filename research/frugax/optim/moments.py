@@ -242,6 +242,7 @@ def find(
       continue
     field = _field(prefix)
     known = jnp.shape(x) == small and field in moments.first + moments.second
+    known &= jnp.issubdtype(jnp.result_type(x), jnp.floating)  # no codes
     if known:
       group = groups.setdefault((i, prefix[:-1]), Group(i, [], []))
       (group.first if field in moments.first else group.second).append(at)

@@ -1,11 +1,11 @@
 """One update with a state in few bits, of which little is decoded at a time."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from frugax.optim import leafwise
 from frugax.quant.codecs import Codec, Coded, decode, encode
@@ -43,15 +43,15 @@ class Spot(NamedTuple):
   def random(self) -> bool:
     return self.codec is not None and self.codec.format == 'bf16_stochastic'
 
-  def store(self, x, key, shape=None, start=0):
-    """Encode an array, or the rows from `start` of an array of that shape."""
+  def store(self, x, key, shape=None, rows=None):
+    """Encode an array, or (start, size) rows of an array of that shape."""
     if self.codec is None:
       return x
     bits = None
     if self.random:
       own = jax.random.fold_in(key, self.hash)
-      rows = None if shape is None else (start, x.shape[0])
       bits = random_bits(own, shape or x.shape, self.batch_axes, rows)
+      bits = bits.reshape(x.shape)
     return encode(x, self.codec, self.batch_axes, bits)
 
   def load(self, x):
@@ -121,7 +121,8 @@ def run(
       step = functools.partial(_step, small, out, spots, shared, key)
       # What a function does may depend on shapes.
       if i in parts and small.names(out) == program.names(out):
-        found = _loop(step, own, [mirrored[j] for j in out], parts[i], structs)
+        places = [mirrored[j] for j in out]
+        found = _loop(step, own, places, parts[i], structs, cached)
       else:
         step = functools.partial(_step, program, out, spots, shared, key)
         found = step(own, [mirrored[j] for j in out])
@@ -155,8 +156,11 @@ def _division(owner, outputs, program, structs, spots, arrays, cached):
     len(shape) - (x.merged if isinstance(x, Coded) else 1)
     for x in (arrays[k] for k in packed)
   )
-  if any(spots[k].random for k in own):
-    rows = min(rows, 1)  # Random bits are counted along the first axis.
+  # Random bits are counted along one axis: the first, or several flattened if
+  # that makes no difference.
+  random = [spots[k] for k in own if spots[k].random]
+  if random and (random[0].batch_axes or math.prod(shape) >= 2**32):
+    rows = min(rows, 1)
   if cached:
     return leafwise.cut(shape, rows, _CACHED)
   if rows and shape[0] <= _LAYERS and any(spots[k].stack for k in packed):
@@ -164,44 +168,43 @@ def _division(owner, outputs, program, structs, spots, arrays, cached):
   return None
 
 
-def _step(program, outputs, spots, shared, key, own, places, whole=None, at=0):
+def _step(
+  program, outputs, spots, shared, key, own, places, shape=None, rows=None
+):
   """Load, compute and store the arrays of a leaf, or parts of them."""
   values = {k: spots[k].load(x) for k, x in own.items()}
   new = program.run(outputs, shared | values)
   return [
-    spots[k].store(x, key, whole, at) for k, x in zip(places, new, strict=True)
+    spots[k].store(x, key, shape, rows)
+    for k, x in zip(places, new, strict=True)
   ]
 
 
-def _loop(step, own, places, parts, structs):
-  """The same part by part, in place."""
-  whole = structs[places[0]].shape
-  height = parts.shape[0] if parts.rows == 1 else None
-  split = jax.tree.map(parts.split, own)
-  changing = [split[k] for k in places]
-  # The update takes the place of the gradient if nothing is computed from the
-  # gradient after it: where there are scales of blocks, which need all moments
-  # first. Otherwise XLA would copy the whole array to get the order right.
-  packed = all(isinstance(own[k], Coded) for k in places[1:])
-  if not packed:
-    changing[0] = jnp.zeros_like(changing[0])
-  fixed = {
-    k: x
-    for k, x in split.items()
-    if k not in (places if packed else places[1:])
-  }
+def _loop(step, own, places, parts, structs, cached):
+  """The same part by part, in place: updates take the place of gradients."""
+  shape = structs[places[0]].shape
+  shape = (math.prod(shape[: parts.rows]), *shape[parts.rows :])
+  height = parts.shape[parts.rows - 1]
+  split = {k: jax.tree.map(parts.split, x) for k, x in own.items()}
 
   def body(j, changing):
-    now = fixed | {
-      k: x for k, x in zip(places, changing, strict=True) if k not in fixed
-    }
-    here = jax.tree.map(
-      lambda x, y: parts.at(x, y.shape[parts.rows :], j), now, own
-    )
-    new = step(here, places, whole, j * height if height else 0)
+    now = split | dict(zip(places, changing, strict=True))
+    here = jax.tree.map(lambda x, like: parts.at(x, like, j), now, own)
+
+    def run(here):
+      return step(here, places, shape, (j * height, height))
+
+    # What is read must be read before anything is written. Where it is fused
+    # with what is computed from it, XLA finds no such order and copies whole
+    # arrays instead. CPUs drop barriers before they fuse, but not branches.
+    if cached:
+      new = jax.lax.cond(
+        j >= 0, run, lambda here: [here[k] for k in places], here
+      )
+    else:
+      here = jax.lax.optimization_barrier(here)
+      new = jax.lax.optimization_barrier(run(here))
     return jax.tree.map(lambda x, y: parts.put(x, y, j), changing, new)
 
-  new = jax.lax.fori_loop(0, parts.count, body, changing)
-  return jax.tree.map(
-    lambda x, y: x.reshape(y.shape), new, [own[k] for k in places]
-  )
+  new = jax.lax.fori_loop(0, parts.count, body, [split[k] for k in places])
+  return jax.tree.map(parts.join, new, [own[k] for k in places])

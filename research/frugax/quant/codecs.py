@@ -171,14 +171,13 @@ def encode(
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise ValueError(f'codecs take floating-point arrays, not {x.dtype}')
   x = x.astype(jnp.float32)
-  if codec.sqrt:
-    x = jnp.sqrt(x)
+  root = jnp.sqrt if codec.sqrt else lambda x: x
   if codec.format == 'f32':
-    return x
+    return root(x)
   if codec.format == 'bf16':
-    return x.astype(jnp.bfloat16)
+    return root(x).astype(jnp.bfloat16)
   if codec.format == 'bf16_stochastic':
-    return round_stochastic(x, random, jnp.bfloat16, batch_axes)
+    return round_stochastic(root(x), random, jnp.bfloat16, batch_axes)
   if not x.ndim:
     raise ValueError('blocks run along an axis, but the array has none')
   merged = _merged(x.shape, batch_axes, codec.block)
@@ -186,12 +185,18 @@ def encode(
   x = x.reshape(*shape[: x.ndim - merged], -1)
   powers = None
   if codec.map is None:
-    codes, scales, powers = range_expansion.expand(x, codec.format, codec.block)
+    codes, scales, powers = range_expansion.expand(
+      root(x), codec.format, codec.block
+    )
   else:
-    scales = groups.reduce(jnp.max, jnp.abs(x), codec.block)
+    # The root of the largest, not the largest root: XLA would compute all roots
+    # once more, one by one, within the reduction.
+    scales = root(groups.reduce(jnp.max, jnp.abs(x), codec.block))
     # What is less than normal may be flushed to zero.
     divisor = jnp.where(scales < jnp.finfo(jnp.float32).tiny, jnp.inf, scales)
-    codes = codec.map.encode(x / groups.spread(divisor, codec.block, x.shape))
+    codes = codec.map.encode(
+      root(x) / groups.spread(divisor, codec.block, x.shape)
+    )
     codes = codes.astype(jnp.int32).astype(jnp.uint8)
   codes = codes.reshape(shape)
   if codec.bits == 4:

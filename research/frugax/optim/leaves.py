@@ -106,10 +106,11 @@ def describe(
     leaf = Leaf(path, x.shape, spec)
     if spec is not None:
       shape = matrix_shape(x.shape, spec)
+      projector = build(shape, x.dtype)
       leaf = leaf._replace(
         rows=None if side == 'both' else projects_rows(*shape[-2:], side),
-        projector=build(shape, x.dtype),
-        layer=build(shape, x.dtype),
+        projector=projector,
+        layer=projector,
       )
       if _stacks(build, shape, x.dtype):
         leaf = leaf._replace(
@@ -144,13 +145,14 @@ def _stacks(build, shape, dtype):
   )
 
 
-def check_bases(leaves: list[Leaf], needed_by: str) -> None:
+def check_bases(leaves: list[Leaf], moments: Any, refresh: Any) -> None:
   """Refuse projectors without a basis where something turns with it."""
   for leaf in leaves:
     if leaf.axes and leaf.projector.basis is None:
       raise ValueError(
         f'the projector of {path_name(leaf.path)} does not give its basis '
-        f'(Projector.basis), which moments and refresh need to be {needed_by}: '
+        f'(Projector.basis), which '
+        f'moments={moments!r} with refresh={refresh!r} needs: '
         "use moments='keep' or 'reset' and refresh='together' or 'staggered'"
       )
 

@@ -191,7 +191,7 @@ def low_rank(
   def init_fn(params):
     arrays, treedef, leaves = describe(params)
     if moments.turns or schedule.after:
-      leaves_lib.check_bases(leaves, f'{moments.policy!r}, {refresh!r}')
+      leaves_lib.check_bases(leaves, moments.policy, refresh)
     inner_state = inner.init(init_small(leaves, arrays, treedef))
     find_moments(leaves, inner_state)  # Refuses early.
 

@@ -61,8 +61,8 @@ def q_galore(
     scale: :math:`\alpha`; applied to projected leaves only.
     side: 'short', 'long', 'left', 'right' or 'both', see `low_rank`.
     projector: 'svd', 'sketch', 'random' or a function, see `low_rank`.
-    moments: what a refresh does to the moments; 'keep', 'reset' or 'zero', the
-      others cannot turn what is in 8 bits.
+    moments: what a refresh does to the moments: 'keep', or 'reset' together
+      with refresh='together'; codes of 8 bits cannot be turned.
     refresh: 'lazy', 'together', 'staggered' or as made by
       `frugax.optim.refreshes.lazy`.
     b1: decay of the first moment.

@@ -124,7 +124,8 @@ def quantize_state(
     leaves, treedef = jax.tree.flatten_with_path(inner.init(params))
     count = jnp.zeros([], jnp.int32) if random else None
     stored = [
-      spot.store(x, fold(count))
+      # XLA would fold the codes of all these zeros while it compiles.
+      spot.store(jax.lax.optimization_barrier(x), fold(count))
       for spot, (_, x) in zip(spots(params, leaves), leaves, strict=True)
     ]
     return QuantizeState(treedef.unflatten(stored), count)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from frugax import names
+from frugax.quant import groups
 from frugax.quant.rounding import random_bits
 
 FORMATS = {'int4': 4, 'int8': 8}  # bits an element
@@ -151,7 +152,7 @@ def quantize(
   codes = jnp.clip(codes + zeros[..., None], 0, top).astype(jnp.uint8)
   codes = _flat(codes, size)
   return QTensor(
-    data=_pack(codes) if format == 'int4' else codes,
+    data=groups.pack(codes) if format == 'int4' else codes,
     scales=scales,
     zeros=zeros.astype(jnp.int16),
     item_shape=item_shape,
@@ -178,7 +179,7 @@ def dequantize(
     (5, 7)
   """
   size = math.prod(q.item_shape)
-  codes = _unpack(q.data, size) if q.format == 'int4' else q.data
+  codes = groups.unpack(q.data, size) if q.format == 'int4' else q.data
   codes = _blocks(codes, q.block, mode='constant').astype(jnp.float32)
   x = codes - q.zeros.astype(jnp.float32)[..., None]
   x = x * q.scales.astype(jnp.float32)[..., None]
@@ -212,13 +213,3 @@ def _round_up(x):
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
   bits = (bits + 0xFFFF) & jnp.uint32(0xFFFF0000)
   return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
-
-
-def _pack(codes):
-  pairs = _blocks(codes, 2, mode='constant')
-  return pairs[..., 0] | pairs[..., 1] << 4
-
-
-def _unpack(data, size):
-  # A shift by an array of constants would not be sharded as the data is.
-  return _flat(jnp.stack([data & 0xF, data >> 4], -1), size)

@@ -67,6 +67,6 @@ def pack(codes: jax.Array) -> jax.Array:
 
 def unpack(codes: jax.Array, size: int) -> jax.Array:
   """The inverse of `pack`, for a last axis of this size."""
-  # Two shifts by a constant array fuse with what follows; a stack does not.
-  pairs = codes[..., None] >> jnp.array([0, 4], jnp.uint8) & 0xF
+  # A shift by an array of constants would not be sharded as the codes are.
+  pairs = jnp.stack([codes & 0xF, codes >> 4], axis=-1)
   return pairs.reshape(*codes.shape[:-1], -1)[..., :size]

@@ -46,10 +46,10 @@ bench: $(READY)
 	$(PY) research/studies/bench_step.py
 	$(PY) research/studies/bench_optim.py
 
-# galore-torch and pytorch-optimizer, in an environment of their own.
+# The packages of the peers, in an environment of their own.
 bench-peers: $(READY)
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet torch==2.13.0 galore-torch pytorch-optimizer
+	.venv-peers/bin/python -m pip install --quiet torch==2.13.0 galore-torch pytorch-optimizer torchao bitsandbytes
 	$(PY) research/studies/bench_peers.py --python .venv-peers/bin/python
 
 clean:

@@ -6,6 +6,11 @@ The tensors are LLaMA-60m's in float32, the threads all cores, the ranks those
 of bench_optim.py. Steps of the two alternate, in an order drawn anew for every
 pair, in one run; refreshes of the subspaces are not among the timed steps. The
 figures are medians. The packages apply to one tensor a layer, ours to stacks.
+
+8-bit Adam, `quantize_state` of optax's, is timed in two formats against the
+AdamW8bit of torchao and of bitsandbytes, all without decay; torchao compiles
+its step. A peer that does not run here, or only without compilation, has a line
+that says why.
 """
 
 import argparse
@@ -18,9 +23,13 @@ import subprocess
 import bench_optim
 import jax
 import numpy as np
+import optax
 
+from frugax import optim
 from frugax.optim import axes as axes_lib
 
+# Format by name of our 8-bit Adam.
+ADAM = {'adam dynamic8': 'dynamic8', 'adam linear8': 'linear8'}
 _GALORE = {'update_proj_gap': 200, 'scale': 0.25}
 # Alias, package, class, the projected group's arguments, all groups'.
 PEERS = (
@@ -53,7 +62,22 @@ PEERS = (
     {'update_proj_gap': 200, 'scale': 128.0, 'projection_type': 'std'},
     {'scale_type': 'tensor'},
   ),
+  *(
+    (alias, package, 'AdamW8bit', {}, {'weight_decay': 0.0})
+    for package in ('torchao.optim', 'bitsandbytes.optim')
+    for alias in ADAM
+  ),
 )
+
+
+def ours(alias, axes):
+  """Our side of a row."""
+  if alias not in ADAM:
+    return bench_optim.ours(alias, axes)
+  return optax.chain(
+    optim.quantize_state(optax.scale_by_adam(), ADAM[alias]),
+    optax.scale_by_learning_rate(1e-2),
+  )
 
 
 def shapes_of(params, axes):
@@ -71,7 +95,10 @@ def shapes_of(params, axes):
 
 @contextlib.contextmanager
 def peer(python, job):
-  """A function that does one step of the job elsewhere: its seconds."""
+  """A function that does one step of the job elsewhere: its seconds.
+
+  And what the job says of itself, see peers_torch.py.
+  """
   script = pathlib.Path(__file__).with_name('peers_torch.py')
   # Threads that spin while they wait would take the cores from ours.
   environment = os.environ | {'OMP_WAIT_POLICY': 'passive'}
@@ -83,16 +110,16 @@ def peer(python, job):
     bufsize=1,
     env=environment,
   ) as process:
-    process.stdin.write(json.dumps(job) + '\n')
 
-    def step():
-      process.stdin.write('step\n')
+    def ask(line):
+      process.stdin.write(line + '\n')
       answer = process.stdout.readline()
       if not answer:
         raise RuntimeError(f'{job["name"]} ended: its error is above')
-      return float(answer)
+      return json.loads(answer)
 
-    yield step
+    said = ask(json.dumps(job))
+    yield lambda: ask('step'), said
     process.stdin.close()
 
 
@@ -100,31 +127,48 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--python', required=True, help="the packages' Python")
   parser.add_argument('--pairs', type=int, default=20)
+  parser.add_argument('--only', nargs='*', help='names of aliases')
   args = parser.parse_args()
   params, grads, axes = bench_optim.parameters()
   matrices, others = shapes_of(params, axes)
   rows = []
   for alias, package, name, group, arguments in PEERS:
+    if args.only and alias not in args.only:
+      continue
+    if alias in bench_optim.METHODS:
+      group = group | {'rank': bench_optim.METHODS[alias].rank}
     job = {
       'package': package,
       'name': name,
-      'group': group | {'rank': bench_optim.METHODS[alias].rank},
+      'group': group,
       'arguments': arguments,
       'matrices': matrices,
       'others': others,
       'threads': os.cpu_count(),
     }
-    tx = bench_optim.ours(alias, axes)
-    ours = bench_optim.stepper(bench_optim.step_of(tx), tx.init, params, grads)
-    with peer(args.python, job) as theirs:
-      a, b = bench_optim.alternate([ours, theirs], args.pairs)
-    rows.append((alias, f'{package}.{name}', a, b))
-    print(f'{alias} / {package}.{name}: {a / b:.3f}', flush=True)
-  print(f'{"alias":12} {"ours":>9}  {"peer":26} {"theirs":>9} {"ratio":>6}')
-  for alias, name, a, b in rows:
-    print(
-      f'{alias:12} {a * 1e3:6.1f} ms  {name:26} {b * 1e3:6.1f} ms {a / b:6.3f}'
+    who = f'{package}.{name}'
+    with peer(args.python, job) as (theirs, said):
+      if 'error' in said:
+        rows.append(
+          f'{alias:14} {"":9}  {who:28} does not run: {said["error"]}'
+        )
+        print(rows[-1], flush=True)
+        continue
+      tx = ours(alias, axes)
+      a, b = bench_optim.alternate(
+        [
+          bench_optim.stepper(bench_optim.step_of(tx), tx.init, params, grads),
+          theirs,
+        ],
+        args.pairs,
+      )
+    rows.append(
+      f'{alias:14} {a * 1e3:6.1f} ms  {who:28} {b * 1e3:6.1f} ms {a / b:6.3f}'
+      + (f'  not compiled: {said["eager"]}' if said['eager'] else '')
     )
+    print(f'{alias} / {who}: {a / b:.3f}', flush=True)
+  print(f'{"alias":14} {"ours":>9}  {"peer":28} {"theirs":>9} {"ratio":>6}')
+  print('\n'.join(rows))
 
 
 if __name__ == '__main__':

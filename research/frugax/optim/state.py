@@ -63,10 +63,46 @@ def state_bytes(
       category = 'moments'
     else:
       category = 'other'
-    size = math.prod(leaf.shape) * leaf.dtype.itemsize
-    sizes[category] += size
-    sizes['total'] += size
+    sizes[category] += _bytes(leaf)
+    sizes['total'] += _bytes(leaf)
   return sizes
+
+
+def parameter_bytes(
+  tx: optax.GradientTransformation, params: Any
+) -> tuple[Any, int]:
+  """Bytes of an optimizer's state by parameter, without allocating it.
+
+  A state leaf, be it a moment or a projector, belongs to the parameter whose
+  path is part of its own; its bytes are counted as in `state_bytes`.
+
+  Args:
+    tx: any optax transformation.
+    params: arrays or ShapeDtypeStructs.
+
+  Returns:
+    A tree like `params` with the bytes of the state that belongs to each, and
+    the bytes of what belongs to none, such as counters.
+
+  Examples:
+    >>> params = {'w': jnp.zeros((64, 256)), 'b': jnp.zeros(256)}
+    >>> parameter_bytes(optax.adam(1e-3), params)
+    ({'b': 2048, 'w': 131072}, 4)
+  """
+  leaves, treedef = jax.tree.flatten(params)
+  paths, sizes, shared = _Paths(params), [0] * len(leaves), 0
+  state = jax.eval_shape(tx.init, params)
+  for path, leaf in jax.tree.leaves_with_path(state):
+    index = paths.find(path)
+    if index is None:
+      shared += _bytes(leaf)
+    else:
+      sizes[index] += _bytes(leaf)
+  return treedef.unflatten(sizes), shared
+
+
+def _bytes(leaf):
+  return math.prod(leaf.shape) * leaf.dtype.itemsize
 
 
 def state_shardings(

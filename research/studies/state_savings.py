@@ -16,11 +16,11 @@ as the released codes do; the rows with `int8 P` store it in 8 bits. 8-bit COAP
 has its authors' blocks of 4096.
 
 The bars are published figures, read on the linear layers, in every setting that
-might be meant. GaLore's 82.5 % is what the 4.9 GB of its paper save of 28 GB,
-two bfloat16 moments of nominally 7e9 numbers; the released code's state is that
-of the row `8-bit galore`. COAP's 81 % is said of LLaVA-7B; the 5380.51 MiB that
-its authors measured for LLaMA-7b are the row `8-bit coap`, embedding and head
-included.
+might be meant. GaLore's 82.5 % agrees with the 4.9 GB that its paper tells for
+7b beside 28 GB, two bfloat16 moments of nominally 7e9 numbers; what the
+released code holds is the row `8-bit galore`. COAP's 81 % is said of LLaVA-7B;
+the 5380.51 MiB that its authors measured for LLaMA-7b are, to a thousandth, the
+row `8-bit coap` with embedding and head.
 """
 
 import collections

@@ -163,13 +163,12 @@ def _turn(g, p, state, rows):
     turned = _turn(g.mT, p.mT, {k: x.mT for k, x in state.items()}, True)
     return jax.tree.map(lambda x: x.mT, turned)
   g = g + state['e']
-  back = p @ state['mu']
-  mean = 0.9 * back + 0.1 * g
-  new = linalg.orthonormal(mean @ (mean.mT @ p))
+  start = 0.9 * state['mu'].mT + 0.1 * (g.mT @ p)  # p has orthonormal columns.
+  new = linalg.orthonormal(0.9 * p @ (state['mu'] @ start) + 0.1 * (g @ start))
   c = new.mT @ p
   mu, variance = c @ state['mu'], state['nu'] - state['mu'] * state['mu']
   nu = jnp.abs((c * c) @ variance + mu * mu)
-  return g, new, {'mu': mu, 'nu': nu}, 9 * back
+  return g, new, {'mu': mu, 'nu': nu}, 9 * (p @ state['mu'])
 
 
 def stepper(step, init, params, grads):

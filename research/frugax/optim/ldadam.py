@@ -142,11 +142,13 @@ def momentum_basis(
 
   def follow(g, old, moment, steps):
     bias = 1 - b1 ** steps.astype(jnp.float32)
+    kept, new = rho / bias * moment, 1 - rho
+    # B is as large as the gradient, and never formed.
     with jax.default_matmul_precision('highest'):
-      mean = rho * (old @ moment) / bias + (1 - rho) * g
-      mean = linalg.unit(mean)
-      image = mean @ (jnp.swapaxes(mean, -1, -2) @ old)
-      return linalg.orthonormal(image)
+      start = kept.mT @ (old.mT @ old) + new * (g.mT @ old)
+      start = linalg.unit(start)
+      image = old @ (kept @ start) + new * (g @ start)
+      return linalg.orthonormal(linalg.unit(image))
 
   def find(g, old, rank, context):
     return jax.lax.cond(

@@ -151,7 +151,7 @@ def quantize_state(
     new = streamed.run(
       function,
       grads + whole + [x for _, x in leaves],
-      [Spot(i % n) for i in range(before)] + spots(updates, leaves),
+      [Spot(i % n, given=True) for i in range(before)] + spots(updates, leaves),
       [*range(n), *range(before, before + len(leaves))],
       fold(count),
     )

@@ -6,13 +6,16 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from frugax.optim import leafwise
 from frugax.quant.codecs import Codec, Coded, decode, encode
 from frugax.quant.rounding import random_bits
 
 # Elements that a CPU's cache holds in float32, several times.
-_CACHED = 2**16
+_CACHED = 2**18
+# Elements of which a CPU keeps the old state until the update is made.
+_KEPT = 2**25
 # A first axis that is longer than that is not one of layers.
 _LAYERS = 128
 
@@ -26,6 +29,7 @@ class Spot(NamedTuple):
     batch_axes: number of leading axes that blocks and random bits respect.
     stack: whether its first axis is taken for one of layers.
     hash: a number of its path.
+    given: whether it is not the state's, so that the caller may still use it.
   """
 
   owner: int = leafwise.SHARED
@@ -33,6 +37,7 @@ class Spot(NamedTuple):
   batch_axes: int = 0
   stack: bool = False
   hash: int = 0
+  given: bool = False
 
   @property
   def packed(self) -> bool:
@@ -111,26 +116,35 @@ def run(
     shared = {
       k: arrays[k] for k, i in enumerate(owners) if i == leafwise.SHARED
     }
-    new, before = [None] * len(mirrored), None
+    part, whole = (
+      functools.partial(_step, p, spots, shared, key) for p in (small, program)
+    )
+    new, states = {}, []
     for i, out in outputs.items():
+      places = {j: mirrored[j] for j in out}
+      updates = {j: k for j, k in places.items() if spots[k].given}
+      state = {j: k for j, k in places.items() if j not in updates}
       own = {k: arrays[k] for k, o in enumerate(owners) if o == i}
       packed = any(spots[k].packed for k in own)
-      if packed and before is not None and not cached:
+      if packed and states and not cached:
         # Nothing of this leaf is decoded before the last one is stored.
-        own, _ = jax.lax.optimization_barrier((own, before))
-      step = functools.partial(_step, small, out, spots, shared, key)
+        own, _ = jax.lax.optimization_barrier((own, states[-1]))
       # What a function does may depend on shapes.
-      if i in parts and small.names(out) == program.names(out):
-        places = [mirrored[j] for j in out]
-        found = _loop(step, own, places, parts[i], structs, cached)
+      if i not in parts or small.names(out) != program.names(out):
+        found = whole(places, own)
+      elif not cached or math.prod(structs[mirrored[out[0]]].shape) > _KEPT:
+        found, _ = _loop(part, places, own, parts[i], cached)
       else:
-        step = functools.partial(_step, program, out, spots, shared, key)
-        found = step(own, [mirrored[j] for j in out])
-      for j, x in zip(out, found, strict=True):
-        new[j] = x
+        # The state is stored in place, and its old codes are kept instead of
+        # updates: those can be made where they are used, without a copy. One
+        # leaf waits for the last but one, so that two at most are kept.
+        after = jax.tree.leaves(states[-2:-1])[:1]
+        found, old = _loop(part, state, own, parts[i], cached, after)
+        found |= whole(updates, own | old)
+      new |= found
       if packed:
-        before = found[1:]
-    return new
+        states.append([found[j] for j in state])
+    return [new[j] for j in range(len(mirrored))]
 
   meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arrays)]
   if any(mesh.size > 1 for mesh in meshes):
@@ -168,43 +182,60 @@ def _division(owner, outputs, program, structs, spots, arrays, cached):
   return None
 
 
-def _step(
-  program, outputs, spots, shared, key, own, places, shape=None, rows=None
-):
-  """Load, compute and store the arrays of a leaf, or parts of them."""
+def _step(program, spots, shared, key, places, own, shape=None, rows=None):
+  """Load, compute and store arrays of a leaf, or parts of them, by output."""
   values = {k: spots[k].load(x) for k, x in own.items()}
-  new = program.run(outputs, shared | values)
-  return [
-    spots[k].store(x, key, shape, rows)
-    for k, x in zip(places, new, strict=True)
-  ]
+  new = program.run(list(places), shared | values)
+  return {
+    j: spots[k].store(x, key, shape, rows)
+    for (j, k), x in zip(places.items(), new, strict=True)
+  }
 
 
-def _loop(step, own, places, parts, structs, cached):
-  """The same part by part, in place: updates take the place of gradients."""
-  shape = structs[places[0]].shape
+def _loop(step, places, own, parts, cached, after=None):
+  """The same part by part, in place.
+
+  Returns what is new by output and, if `after` is given (a list of an array
+  to wait for, or of none), what was there before, by place.
+  """
+  shape = jax.tree.leaves(own)[0].shape
   shape = (math.prod(shape[: parts.rows]), *shape[parts.rows :])
   height = parts.shape[parts.rows - 1]
   split = {k: jax.tree.map(parts.split, x) for k, x in own.items()}
+  new = {j: split[k] for j, k in places.items()}
+  old = {}
+  if after is not None:
+    first = jnp.ravel(after[0])[0] if after else 0
+    old = {
+      k: jax.tree.map(lambda x: jnp.full_like(x, first), split[k])
+      for k in places.values()
+    }
 
-  def body(j, changing):
-    now = split | dict(zip(places, changing, strict=True))
-    here = jax.tree.map(lambda x, like: parts.at(x, like, j), now, own)
+  def body(i, carry):
+    new, old = carry
+    now = split | {k: new[j] for j, k in places.items()}
+    here = jax.tree.map(lambda x, like: parts.at(x, like, i), now, own)
 
     def run(here):
-      return step(here, places, shape, (j * height, height))
+      found = step(places, here, shape, (i * height, height))
+      return found, {k: here[k] for k in old}
+
+    def never(here):
+      return jax.tree.map(jnp.zeros_like, jax.eval_shape(run, here))
 
     # What is read must be read before anything is written. Where it is fused
     # with what is computed from it, XLA finds no such order and copies whole
     # arrays instead. CPUs drop barriers before they fuse, but not branches.
     if cached:
-      new = jax.lax.cond(
-        j >= 0, run, lambda here: [here[k] for k in places], here
-      )
+      found = jax.lax.cond(i >= 0, run, never, here)
     else:
       here = jax.lax.optimization_barrier(here)
-      new = jax.lax.optimization_barrier(run(here))
-    return jax.tree.map(lambda x, y: parts.put(x, y, j), changing, new)
+      found = jax.lax.optimization_barrier(run(here))
+    return jax.tree.map(lambda x, y: parts.put(x, y, i), carry, found)
 
-  new = jax.lax.fori_loop(0, parts.count, body, [split[k] for k in places])
-  return jax.tree.map(parts.join, new, [own[k] for k in places])
+  new, old = jax.lax.fori_loop(0, parts.count, body, (new, old))
+  join = functools.partial(jax.tree.map, parts.join)
+  return (
+    join(new, {j: own[k] for j, k in places.items()}),
+    join(old, {k: own[k] for k in old}),
+  )

@@ -191,7 +191,7 @@ def encode(
   else:
     # The root of the largest, not the largest root: XLA would compute all roots
     # once more, one by one, within the reduction.
-    scales = root(groups.reduce(jnp.max, jnp.abs(x), codec.block))
+    scales = root(groups.largest(jnp.abs(x), codec.block))
     # What is less than normal may be flushed to zero.
     divisor = jnp.where(scales < jnp.finfo(jnp.float32).tiny, jnp.inf, scales)
     codes = codec.map.encode(

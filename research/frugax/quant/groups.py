@@ -1,38 +1,47 @@
 """Arrays in groups along their last axis, the last group being shorter."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
 
-def reduce(
-  function: Callable[..., jax.Array], x: jax.Array, group: int
-) -> jax.Array:
-  """A statistic of each group.
+def largest(x: jax.Array, group: int) -> jax.Array:
+  """The largest number of each group; NaN if there is one.
 
   Args:
-    function: of an array and an axis, such as jnp.max.
-    x: (*rows, n).
+    x: (*rows, n), floating-point.
     group: elements a group.
 
   Returns:
     (*rows, ceil(n / group)).
 
   Examples:
-    >>> print(reduce(jnp.max, jnp.arange(7), 3))
-    [2 5 6]
+    >>> print(largest(jnp.arange(7.0), 3))
+    [2. 5. 6.]
   """
   *rows, size = x.shape
   whole = size // group
+
+  def reshaped(x):
+    return jnp.max(x.reshape(*rows, whole, group), axis=-1)
+
+  def windows(x):
+    shape = *[1] * len(rows), group
+    return jax.lax.reduce_window(
+      x, jnp.array(-jnp.inf, x.dtype), jax.lax.max, shape, shape, 'VALID'
+    )
+
   # The rest is reduced on its own: padding would be a copy of the array.
   parts = []
   if whole:
+    # XLA compares the numbers of a row one by one on a CPU, those of windows
+    # several at a time: ten times as fast.
     parts.append(
-      function(x[..., : whole * group].reshape(*rows, whole, group), axis=-1)
+      jax.lax.platform_dependent(
+        x[..., : whole * group], cpu=windows, default=reshaped
+      )
     )
   if size % group:
-    parts.append(function(x[..., whole * group :], axis=-1)[..., None])
+    parts.append(jnp.max(x[..., whole * group :], axis=-1)[..., None])
   return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
@@ -40,7 +49,7 @@ def spread(x: jax.Array, group: int, shape: tuple[int, ...]) -> jax.Array:
   """What is known of each group, for each of its elements.
 
   Args:
-    x: (*rows, groups), as from `reduce`.
+    x: (*rows, groups), as from `largest`.
     group: elements a group.
     shape: (*rows, n).
 

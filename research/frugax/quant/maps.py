@@ -170,11 +170,12 @@ class Dynamic:
     if self.signed:
       codes = codes - (last - 1)
       code = jnp.abs(codes)
-    cells, factor = jnp.float32(first), jnp.float32(self._factors[0])
+    # The power of two that begins the decade of a code is its exponent.
+    bits = jax.lax.bitcast_convert_type(code, jnp.int32) & 0x7F800000
+    cells = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    factor = jnp.float32(self._factors[0])
     for p, c in zip(self._cells[1:], self._factors[1:], strict=True):
-      here = code >= p
-      cells = jnp.where(here, np.float32(p), cells)
-      factor = jnp.where(here, np.float32(c), factor)
+      factor = jnp.where(code >= p, np.float32(c), factor)
     size = (9 * code - 8 * cells + 4.5) / factor
     size = jnp.where(code >= last, 1.0, size)
     size = jnp.where(code < first, 0.0, size)

@@ -49,8 +49,8 @@ def expand(
   dtype = FLOATS[format]
   top = float(jnp.finfo(dtype).max)
   size = jnp.abs(x)
-  most = groups.reduce(jnp.max, size, group)
-  least = groups.reduce(jnp.min, jnp.where(size > 0, size, jnp.inf), group)
+  most = groups.largest(size, group)
+  least = -groups.largest(jnp.where(size > 0, -size, -jnp.inf), group)
   # Of zeros alone the difference is -inf, and the power is the largest.
   span = jnp.maximum(jnp.log2(most) - jnp.log2(least), 0)
   powers = jnp.clip(jnp.floor(16 * math.log2(top**2 / 2) / span), 1, 255)

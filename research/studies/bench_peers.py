@@ -21,15 +21,12 @@ import pathlib
 import subprocess
 
 import bench_optim
+import floors
 import jax
 import numpy as np
-import optax
 
-from frugax import optim
 from frugax.optim import axes as axes_lib
 
-# Format by name of our 8-bit Adam.
-ADAM = {'adam dynamic8': 'dynamic8', 'adam linear8': 'linear8'}
 _GALORE = {'update_proj_gap': 200, 'scale': 0.25}
 # Alias, package, class, the projected group's arguments, all groups'.
 PEERS = (
@@ -65,19 +62,16 @@ PEERS = (
   *(
     (alias, package, 'AdamW8bit', {}, {'weight_decay': 0.0})
     for package in ('torchao.optim', 'bitsandbytes.optim')
-    for alias in ADAM
+    for alias in ('adam dynamic8', 'adam linear8')
   ),
 )
 
 
 def ours(alias, axes):
   """Our side of a row."""
-  if alias not in ADAM:
-    return bench_optim.ours(alias, axes)
-  return optax.chain(
-    optim.quantize_state(optax.scale_by_adam(), ADAM[alias]),
-    optax.scale_by_learning_rate(1e-2),
-  )
+  if alias in bench_optim.BESIDE_ADAMW:
+    return bench_optim.BESIDE_ADAMW[alias](axes)
+  return bench_optim.ours(alias, axes)
 
 
 def shapes_of(params, axes):
@@ -135,8 +129,8 @@ def main():
   for alias, package, name, group, arguments in PEERS:
     if args.only and alias not in args.only:
       continue
-    if alias in bench_optim.METHODS:
-      group = group | {'rank': bench_optim.METHODS[alias].rank}
+    if alias in floors.METHODS:
+      group = group | {'rank': floors.METHODS[alias].rank}
     job = {
       'package': package,
       'name': name,

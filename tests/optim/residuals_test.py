@@ -105,6 +105,57 @@ def test_a_policy_may_remember_anything():
   assert state.residuals == 2
 
 
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('shape', [(3, 2, 4, 6), (3, 6, 4)])
+@pytest.mark.parametrize('name', [*residuals.RESIDUALS, 'feedback'])
+def test_accelerators_take_one_layer_after_the_other(
+  name, shape, dtype, monkeypatch
+):
+  policy = (
+    residuals.feedback(0.9) if name == 'feedback' else residuals.by_name(name)
+  )
+  seen = []
+
+  def update(parts, memory):
+    seen.append(parts.grad.shape)
+    return policy.update(parts, memory)
+
+  tx = optim.low_rank(
+    optim.scale_by_adam_hf(),
+    rank=2,
+    update_interval=2,
+    scale=ALPHA,
+    residual=policy._replace(update=update),
+    axes={'w': optim.MatrixAxes((-2,), (-1,))},
+  )
+
+  def run():
+    state = tx.init({'w': jnp.zeros(shape, dtype)})
+    for seed in range(3):
+      grads = {'w': jnp.asarray(normal(shape, seed), dtype)}
+      updates, state = tx.update(grads, state)
+    return updates, state.residuals
+
+  together = run()
+  assert set(seen) == {shape}
+  seen.clear()
+  monkeypatch.setattr(
+    jax.lax,
+    'platform_dependent',
+    lambda *args, cpu, default: default(*args),
+  )
+  apart = run()
+  assert set(seen) == {shape[1:]}
+  tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+  for a, b in zip(*map(jax.tree.leaves, (together, apart)), strict=True):
+    assert a.dtype == b.dtype
+    np.testing.assert_allclose(
+      *(np.asarray(x, np.float32) for x in (a, b)),
+      atol=tolerance,
+      rtol=tolerance,
+    )
+
+
 def test_unknown_names():
   with pytest.raises(ValueError, match="'firra': did you mean 'fira'"):
     optim.low_rank(optax.identity(), residual='firra')

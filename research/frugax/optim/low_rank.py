@@ -1,6 +1,5 @@
 """Run any optax transformation in low-rank subspaces of the gradients."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,8 +14,7 @@ from frugax.optim import projection
 from frugax.optim import projectors as projectors_lib
 from frugax.optim import refreshes as refreshes_lib
 from frugax.optim import residuals as residuals_lib
-from frugax.optim.adam import wide
-from frugax.optim.axes import from_matrix, matrix_shape, path_name, resolve
+from frugax.optim.axes import from_matrix, matrix_shape, resolve
 
 
 class LowRankState(NamedTuple):
@@ -270,28 +268,21 @@ def low_rank(
     )
     outputs = treedef.flatten_up_to(inner_updates)
 
-    def moment(i, of):
-      if i not in first:
-        raise ValueError(
-          'the residual policy asks for the first moment of '
-          f'{path_name(leaves[i].path)}, which the inner state does not have'
-        )
-      return wide(of[first[i]])
-
     for i, leaf in enumerate(leaves):
       if leaf.axes is not None:
-        parts = residuals_lib.Parts(
-          grad=wide(grads[i]),
-          small=wide(small[i]),
-          update=wide(outputs[i]),
-          back=leaf.back(states[i]),
-          scale=scale,
-          axis=leaf.axis,
-          orthonormal=leaf.projector.orthonormal,
-          moment=functools.partial(moment, i, turned),
-          before=lambda i=i: leaves[i].back(old[i])(moment(i, flat)),
+        at = first.get(i)
+        sources = residuals_lib.Sources(
+          grad=grads[i],
+          small=small[i],
+          update=outputs[i],
+          projector=states[i],
+          moment=None if at is None else turned[at],
+          old_projector=old[i],
+          old_moment=None if at is None else flat[at],
         )
-        full, memories[i] = residual.update(parts, memories[i])
+        full, memories[i] = residuals_lib.finish(
+          residual, leaf, scale, sources, memories[i]
+        )
         full = from_matrix(full, leaf.axes, leaf.shape)
         outputs[i] = full.astype(arrays[i].dtype)
     return treedef.unflatten(outputs), LowRankState(

@@ -267,7 +267,10 @@ def _each(f, x, p):
 
   def one_by_one(x, p):
     xs = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(batch) :]), (x, p))
-    y = jax.lax.map(lambda pair: f(*pair), xs)
+    # TPUs' compiler would cast the whole stack ahead of the loop. A factor that
+    # it cannot see to be one keeps the cast inside.
+    one = jax.lax.optimization_barrier(jnp.ones([], x.dtype))
+    y = jax.lax.map(lambda pair: f(one * pair[0], pair[1]), xs)
     return y.reshape(*batch, *y.shape[1:])
 
   return jax.lax.platform_dependent(x, p, cpu=f, default=one_by_one)

@@ -304,9 +304,11 @@ def run(
   if not plan.schedule.together:
     return refresh(old)  # Loops over the layers that are due, often none.
   # One predicate and one cond for the whole tree, never inside a vmap.
-  return jax.lax.cond(
+  new = jax.lax.cond(
     count % plan.interval == 0, refresh, lambda same: same, old
   )
+  # Else XLA casts the moments of all leaves at once, within the branches.
+  return jax.lax.optimization_barrier(new)
 
 
 def _refresh_leaf(plan, groups, leaf, clock, key, inputs, old):

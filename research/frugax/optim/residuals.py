@@ -5,6 +5,9 @@ hand: the gradient, its projection, the inner transformation's update of that,
 and the way back. A function from `Parts` to the update is a policy; one that
 remembers something is a `Residual`. The names that `low_rank(residual=...)`
 knows are in `RESIDUALS`.
+
+A policy treats each matrix of a stack as if it were alone: except on CPUs, it
+is called with one layer after the other.
 """
 
 from collections.abc import Callable
@@ -14,6 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from frugax import names
+from frugax.optim.adam import wide
+from frugax.optim.axes import path_name
+from frugax.optim.leaves import Leaf
 from frugax.optim.limits import growth_factor
 
 
@@ -268,3 +274,114 @@ def by_name(
   if residual not in RESIDUALS:
     raise names.unknown('residual policy', residual, RESIDUALS)
   return RESIDUALS[residual]
+
+
+class Sources(NamedTuple):
+  """The arrays that the `Parts` of one leaf are made from.
+
+  Attributes:
+    grad: the gradient as matrices, with what was carried over.
+    small: its projection.
+    update: what the inner transformation made of that.
+    projector: the projector's state.
+    moment: the first moment before this update, in the present basis; None if
+      the inner state has none.
+    old_projector: the projector's state at the last update.
+    old_moment: the first moment in its basis, or None.
+  """
+
+  grad: jax.Array
+  small: jax.Array
+  update: jax.Array
+  projector: Any
+  moment: jax.Array | None
+  old_projector: Any
+  old_moment: jax.Array | None
+
+
+def finish(
+  residual: Residual,
+  leaf: Leaf,
+  scale: jax.typing.ArrayLike,
+  sources: Sources,
+  memory: Any,
+) -> tuple[jax.Array, Any]:
+  """The update of a leaf as matrices, and what the policy remembers.
+
+  Except on CPUs, which are faster on all at once, the layers of a stack are
+  finished one after the other and the update of each takes the place of its
+  gradient: nothing else of a stack's size need be held.
+
+  Args:
+    residual: the policy.
+    leaf: what is static about the leaf.
+    scale: of `low_rank`.
+    sources: the leaf's arrays.
+    memory: what the policy remembers.
+
+  Returns:
+    The update, in the dtype of the gradient, and the memory.
+  """
+
+  def run(projector, sources, memory):
+    parts = _parts(leaf, projector, scale, sources)
+    update, memory = residual.update(parts, memory)
+    return update.astype(sources.grad.dtype), memory
+
+  def whole(sources, memory):
+    return run(leaf.projector, sources, memory)
+
+  def one_by_one(sources, memory):
+    def layer(k, carry):
+      def take(x):
+        return jax.lax.dynamic_index_in_dim(x, k, keepdims=False)
+
+      def put(x, new):
+        return jax.lax.dynamic_update_index_in_dim(x, new, k, 0)
+
+      grad, memory = carry
+      here = jax.tree.map(take, (sources._replace(grad=grad), memory))
+      # Read before the gradient is overwritten; casts of what is read stay
+      # here instead of being made for the whole stack ahead of the loop.
+      here = jax.lax.optimization_barrier(here)
+      return jax.tree.map(put, carry, run(leaf.layer, *here))
+
+    return jax.lax.fori_loop(0, leaf.layers, layer, (sources.grad, memory))
+
+  if not leaf.stacked or not _by_layer(residual, sources.grad, memory):
+    return whole(sources, memory)
+  return jax.lax.platform_dependent(
+    sources, memory, cpu=whole, default=one_by_one
+  )
+
+
+def _by_layer(residual, grad, memory):
+  """Whether the memory of a stack is a stack of its layers' memories."""
+  layers, *shape = grad.shape
+  one = jax.eval_shape(lambda: residual.init(tuple(shape), grad.dtype))
+  stacked = jax.tree.map(lambda x: (layers, *x.shape), one)
+  return jax.tree.map(jnp.shape, memory) == stacked
+
+
+def _parts(leaf, projector, scale, sources):
+  def moment(of):
+    if of is None:
+      raise ValueError(
+        'the residual policy asks for the first moment of '
+        f'{path_name(leaf.path)}, which the inner state does not have'
+      )
+    return wide(of)
+
+  return Parts(
+    grad=wide(sources.grad),
+    small=wide(sources.small),
+    update=wide(sources.update),
+    back=lambda r: projector.back(r, sources.projector),
+    scale=scale,
+    axis=leaf.axis,
+    orthonormal=leaf.projector.orthonormal,
+    moment=lambda: moment(sources.moment),
+    before=lambda: projector.back(
+      moment(sources.old_moment), sources.old_projector
+    ),
+  )

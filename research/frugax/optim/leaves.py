@@ -67,9 +67,9 @@ class Leaf(NamedTuple):
     """The function from small matrices to full ones."""
     return lambda r: self.projector.back(r, state)
 
-  def turns(self, old, new, steps):
-    """The changes of basis from one state of `layer` to another, by side."""
-    old, new = self.layer.basis(old), self.layer.basis(new)
+  def turns(self, projector, old, new, steps):
+    """The changes of basis from one projector state to another, by side."""
+    old, new = projector.basis(old), projector.basis(new)
     if self.rows is not None:
       return (Turn(old, new, steps, self.rows),)
     return tuple(map(Turn, old, new, (steps, steps), (True, False)))

@@ -317,44 +317,61 @@ def _refresh_leaf(plan, groups, leaf, clock, key, inputs, old):
   # All layers of a stack share the key, so that each alone would get it too.
   key = jax.random.fold_in(key, leaf.hash())
 
-  def stack(x):
-    return x if leaf.stacked else jax.tree.map(lambda x: x[None], x)
+  inputs = *inputs, schedule.number(clock, old[-1])
 
-  projector, moments, memory = old
-  old = stack(projector), stack(moments), memory
-  inputs = *stack(inputs), schedule.number(clock, memory)
-  due = schedule.due(clock, memory)
-  order = jnp.argsort(~due)
-
-  def layer(inputs, old):
+  def refresh(projector, inputs, old):
     grad, first, number = inputs
     state, moments, memory = old
     context = Context(key, number, clock.count, first)
-    new = leaf.layer.refresh(grad, state, context)
+    new = projector.refresh(grad, state, context)
     # What is carried keeps the dtypes of init.
     new = jax.tree.map(lambda x, p: x.astype(p.dtype), new, state)
     if schedule.after or moments:
-      turns = leaf.turns(state, new, clock.count)
+      turns = leaf.turns(projector, state, new, clock.count)
     if schedule.after:
       memory = schedule.after(memory, turns)
     if moments:
       moments = moments_lib.turn(plan.policy, groups, moments, turns)
     return new, moments, memory
 
-  def step(k, carry):
-    at = order[k]
+  def whole(inputs, old):
+    grad, first, numbers = inputs
+    return refresh(leaf.projector, (grad, first, numbers[0]), old)
 
-    def take(x):
-      return jax.lax.dynamic_index_in_dim(x, at, keepdims=False)
+  def one_by_one(inputs, old):
+    def stack(x):
+      return x if leaf.stacked else jax.tree.map(lambda x: x[None], x)
 
-    def put(x, new):
-      return jax.lax.dynamic_update_index_in_dim(x, new, at, 0)
+    grad, first, numbers = inputs
+    projector, moments, memory = old
+    inputs = stack(grad), stack(first), numbers
+    due = schedule.due(clock, memory)
+    order = jnp.argsort(~due)
 
-    new = layer(jax.tree.map(take, inputs), jax.tree.map(take, carry))
-    return jax.tree.map(put, carry, new)
+    def step(k, carry):
+      at = order[k]
 
-  steps = jnp.sum(due, dtype=jnp.int32)
-  projector, moments, memory = jax.lax.fori_loop(0, steps, step, old)
-  if not leaf.stacked:
-    projector, moments = jax.tree.map(lambda x: x[0], (projector, moments))
-  return projector, moments, memory
+      def take(x):
+        return jax.lax.dynamic_index_in_dim(x, at, keepdims=False)
+
+      def put(x, new):
+        return jax.lax.dynamic_update_index_in_dim(x, new, at, 0)
+
+      here = jax.tree.map(take, (inputs, carry))
+      return jax.tree.map(put, carry, refresh(leaf.layer, *here))
+
+    projector, moments, memory = jax.lax.fori_loop(
+      0,
+      jnp.sum(due, dtype=jnp.int32),
+      step,
+      (stack(projector), stack(moments), memory),
+    )
+    if not leaf.stacked:
+      projector, moments = jax.tree.map(lambda x: x[0], (projector, moments))
+    return projector, moments, memory
+
+  if not schedule.together:
+    return one_by_one(inputs, old)
+  # CPUs are faster on all layers at once; elsewhere that would gather a stack
+  # of factors.
+  return jax.lax.platform_dependent(inputs, old, cpu=whole, default=one_by_one)

@@ -2,18 +2,29 @@
 
 from frugax.quant.blocks import FORMATS, QTensor, dequantize, quantize
 from frugax.quant.codecs import CODECS, Codec, Coded, decode, encode
+from frugax.quant.elements import ELEMENTS, Element, element
+from frugax.quant.hadamard import hadamard
 from frugax.quant.rounding import random_bits, round_stochastic
+from frugax.quant.tiles import Scaling, Tiled, dequantize_tiles, quantize_tiles
 
 __all__ = [
   'CODECS',
+  'ELEMENTS',
   'FORMATS',
   'Codec',
   'Coded',
+  'Element',
   'QTensor',
+  'Scaling',
+  'Tiled',
   'decode',
   'dequantize',
+  'dequantize_tiles',
+  'element',
   'encode',
+  'hadamard',
   'quantize',
+  'quantize_tiles',
   'random_bits',
   'round_stochastic',
 ]

@@ -8,6 +8,7 @@ the height of the stack. The names that `low_rank(refresh=...)` knows are in
 `SCHEDULES`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -301,12 +302,20 @@ def run(
       moments = reset()
     return Changing(projectors, memories, moments)
 
-  if not plan.schedule.together:
-    return refresh(old)  # Loops over the layers that are due, often none.
-  # One predicate and one cond for the whole tree, never inside a vmap.
-  new = jax.lax.cond(
-    count % plan.interval == 0, refresh, lambda same: same, old
-  )
+  if plan.schedule.together:
+    due = count % plan.interval == 0
+  else:
+    due = functools.reduce(
+      jnp.logical_or,
+      (
+        jnp.any(plan.schedule.due(clock, old.memories[i]))
+        for i, clock in clocks.items()
+      ),
+      False,
+    )
+  # One predicate and one cond for the whole tree, never inside a vmap. Outside
+  # of a cond the loops would have a TPU lay out the gradients as suits them.
+  new = jax.lax.cond(due, refresh, lambda same: same, old)
   # Else XLA casts the moments of all leaves at once, within the branches.
   return jax.lax.optimization_barrier(new)
 

@@ -51,8 +51,15 @@ _OPTIMIZERS = {
 # Methods whose authors compress the head like all linear layers.
 _WITH_HEAD = ('adam_sn', 'adamw_sn', 'adagrad_sn', 'snsm')
 
-# 4-bit weights and activations, simulated: see frugax.lowbit.
-_SIMULATED = ('fp4_sim', 'int4_sim')
+# Low-bit recipes for the linears of the layers: see frugax.lowbit.recipe.
+_LOW_BIT = (
+  *('int8', 'int4', 'fp8', 'fp8_block', 'mxfp8', 'mxfp4', 'nvfp4'),
+  *('quest', 'quest_fp4', 'b1.58', 'b1.58_median', 'trilm'),
+  *(f'quest{n}{x}' for n in range(1, 9) for x in ('', '_weights', '_plain')),
+  *(f'halo{n}{x}' for n in range(3) for x in ('', '_fp8', '_fp6')),
+  *('stable_spam_int4', 'stable_spam_fp4', 'int4_sim', 'fp4_sim'),
+  *(f'e{e}m{m}' for e in range(1, 8) for m in range(8 - e)),
+)
 
 
 def get_config(arg=None):
@@ -61,7 +68,7 @@ def get_config(arg=None):
   )
   for name, valid in (
     ('size', tuple(_SCHEDULES)),
-    ('matmul', ('auto', 'f32', 'bf16', *_SIMULATED)),
+    ('matmul', ('auto', 'f32', 'bf16', *_LOW_BIT)),
     ('data', ('stdlib', 'c4')),
   ):
     fx_config.check_choice(name, args[name], valid)
@@ -69,7 +76,7 @@ def get_config(arg=None):
   steps, warmup, rank, batch_size = _SCHEDULES[args.size]
   # CPUs multiply float32 faster than bfloat16; accelerators the reverse.
   matmul = args.matmul
-  if matmul == 'auto' or matmul in _SIMULATED:
+  if matmul == 'auto' or matmul in _LOW_BIT:
     matmul = 'f32' if tiny else 'bf16'
 
   c = ConfigDict()
@@ -88,7 +95,7 @@ def get_config(arg=None):
   c.model.size = args.size
   c.model.dtype = {'f32': 'float32', 'bf16': 'bfloat16'}[matmul]
   c.model.param_dtype = 'float32'
-  if args.matmul in _SIMULATED:
+  if args.matmul in _LOW_BIT:
     c.model.matmul = args.matmul
   c.model.remat = 'none' if args.size in ('tiny', '10m', '60m') else 'full'
   if args.data == 'stdlib':

@@ -1,12 +1,14 @@
 """Config files, their arguments and the command line."""
 
 import pathlib
+import runpy
 import subprocess
 import sys
 
 import pytest
 
 from frugax import config as fx_config
+from frugax import lowbit
 from frugax.models import llama
 
 _FILE = str(pathlib.Path(__file__).parents[1] / 'configs' / 'llama.py')
@@ -24,12 +26,14 @@ def test_arguments_choose_the_presets():
   assert _parse(arguments='size=60m,matmul=f32').model.dtype == 'float32'
 
 
-def test_simulated_matmuls_are_recipes_of_the_model():
+def test_low_bit_matmuls_are_the_recipes_of_the_model():
   c = _parse(arguments='size=60m,matmul=fp4_sim')
   assert c.model.matmul == 'fp4_sim' and c.model.dtype == 'bfloat16'
   fields = c.model.to_dict()
   assert llama.config(fields.pop('size'), **fields).matmul == 'fp4_sim'
   assert 'matmul' not in _parse(arguments='size=60m,matmul=bf16').model
+  names = runpy.run_path(_FILE)['_LOW_BIT']
+  assert sorted([*names, 'none', 'bf16']) == sorted(lowbit.RECIPES)
 
 
 @pytest.mark.parametrize(

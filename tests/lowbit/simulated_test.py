@@ -1,4 +1,4 @@
-"""Rounded linear layers: both products and both gradients, and the model."""
+"""Simulated 4-bit layers, and the model in every kind of recipe."""
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from frugax import lowbit
+from frugax.lowbit.operands import SIMULATED
 from frugax.models import llama
-from frugax.quant import simulated
+from frugax.quant import Scaling, simulated
 
-RECIPES = ['fp4_sim', 'int4_sim']
+# Formats of activations and weights.
+RECIPES = {
+  'fp4_sim': ('fp4_e1m2', 'fp4_e1m2'),
+  'int4_sim': ('int4_absmax', 'int4_min_max'),
+}
 CONFIG = llama.config('tiny', n_layers=2)
 
 
@@ -22,19 +27,19 @@ def normal(*shape, seed=0):
 
 
 def rounded(x, format, block=256):
-  return np.asarray(lowbit.simulated.FORMATS[format](x, block), np.float64)
+  return np.asarray(SIMULATED[format](x, block), np.float64)
 
 
 @pytest.mark.parametrize('name', RECIPES)
 @pytest.mark.parametrize('ffn', [352, 5461])
 def test_product_and_gradients_are_those_of_the_rounded_operands(name, ffn):
   """Groups lie along the input of a weight as torch stores it, (out, in)."""
-  recipe = lowbit.recipe(name)
+  activations, weights = RECIPES[name]
   x, w, up = normal(2, 3, ffn), normal(ffn, 16, seed=1), normal(2, 3, 16)
-  dot = lowbit.dot_general(recipe)
+  dot = lowbit.dot_general(lowbit.recipe(name))
   y, back = jax.vjp(lambda x, w: dot(x, w, (((2,), (0,)), ((), ()))), x, w)
-  x_hat = rounded(x, recipe.activations)
-  w_hat = rounded(w.T, recipe.weights).T
+  x_hat = rounded(x, activations)
+  w_hat = rounded(w.T, weights).T
   want = (
     x_hat @ w_hat,
     up @ w_hat.T,
@@ -47,18 +52,17 @@ def test_product_and_gradients_are_those_of_the_rounded_operands(name, ffn):
 
 def test_heads_are_flattened_as_torch_does():
   """The kernel of the output projection contracts its two leading axes."""
-  recipe = lowbit.recipe('fp4_sim')
   x, w = normal(2, 3, 4, 32), normal(4, 32, 16, seed=1)
-  dot = lowbit.dot_general(recipe)
+  dot = lowbit.dot_general(lowbit.recipe('fp4_sim'))
   got = dot(x, w, (((2, 3), (0, 1)), ((), ())))
   flat = rounded(w.reshape(128, 16).T, 'fp4_e1m2').T
   want = rounded(x, 'fp4_e1m2').reshape(2, 3, 128) @ flat
   np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
 
 
-def test_no_recipe_is_the_plain_product():
-  assert lowbit.dot_general(lowbit.recipe('none')) is lax.dot_general
-  weights_only = lowbit.Recipe(weights='int4_min_max')
+def test_one_operand_may_be_left_alone():
+  weights = lowbit.Operand('int4_min_max', Scaling((1, 256)))
+  weights_only = lowbit.Recipe(lowbit.Product(right=weights))
   x, w = normal(4, 300), normal(300, 5, seed=1)
   got = lowbit.dot_general(weights_only)(x, w, (((1,), (0,)), ((), ())))
   want = x @ rounded(w.T, 'int4_min_max').T
@@ -75,17 +79,23 @@ def of(name, **overrides):
   return llama.config('tiny', n_layers=2, matmul=name, **overrides)
 
 
-@pytest.mark.parametrize('name', RECIPES)
-@pytest.mark.parametrize('remat', ['none', 'full'])
+@pytest.mark.parametrize(
+  ('name', 'remat'),
+  [
+    ('fp4_sim', 'none'),
+    ('int4_sim', 'full'),
+    ('int8', 'full'),
+    ('quest4', 'linears'),
+    ('nvfp4', 'none'),
+  ],
+)
 def test_the_model_trains_in_it(name, remat):
   tokens = jax.random.randint(jax.random.key(1), (2, 33), 0, 320)
   params = llama.Llama(CONFIG).init(jax.random.key(0))
-  plain, plain_grad = jax.value_and_grad(loss, 1)(CONFIG, params, tokens)
-  config = of(name, remat=remat)
-  got, grad = jax.jit(jax.value_and_grad(loss, 1), static_argnums=0)(
-    config, params, tokens
-  )
-  assert jnp.isfinite(got) and 1e-4 < abs(got - plain) < 0.5
+  value = jax.jit(jax.value_and_grad(loss, 1), static_argnums=0)
+  plain, plain_grad = value(CONFIG, params, tokens)
+  got, grad = value(of(name, remat=remat), params, tokens)
+  assert jnp.isfinite(got) and 0 < abs(got - plain) < 0.5
   for path, g in jax.tree.leaves_with_path(grad):
     assert jnp.isfinite(g).all() and (g != 0).any(), path
 
@@ -93,7 +103,7 @@ def test_the_model_trains_in_it(name, remat):
     return jnp.vdot(a, b) / jnp.linalg.norm(a) / jnp.linalg.norm(b)
 
   similar = jax.tree.map(cosine, grad, plain_grad)
-  assert all(0.7 < s < 0.999 for s in jax.tree.leaves(similar)), similar
+  assert all(0.7 < s < 0.99999 for s in jax.tree.leaves(similar)), similar
 
 
 def test_head_embedding_and_norms_are_left_alone():
@@ -145,8 +155,6 @@ def test_an_injected_product_takes_the_place_of_the_recipe():
   ('make', 'message'),
   [
     (lambda: lowbit.recipe('fp4_simm'), "'fp4_simm': did you mean 'fp4_sim'"),
-    (lambda: lowbit.Recipe('int5'), "unknown format 'int5'"),
-    (lambda: lowbit.Recipe(block=0), 'block=0'),
     (lambda: of('int3'), "unknown low-bit recipe 'int3'"),
   ],
 )
@@ -156,7 +164,8 @@ def test_bad_arguments(make, message):
 
 
 def test_every_format_has_a_recipe():
-  used = {r.weights for r in lowbit.RECIPES.values()}
-  used |= {r.activations for r in lowbit.RECIPES.values()}
-  assert used - {None} == set(lowbit.simulated.FORMATS)
-  assert lowbit.simulated.FORMATS['fp4_e1m2'] is simulated.fp4_e1m2
+  for name, formats in RECIPES.items():
+    first = lowbit.recipe(name).forward
+    assert (first.left.format, first.right.format) == formats
+  assert {f for pair in RECIPES.values() for f in pair} == set(SIMULATED)
+  assert SIMULATED['fp4_e1m2'] is simulated.fp4_e1m2

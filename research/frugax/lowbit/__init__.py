@@ -1,5 +1,15 @@
 """Matrix products in few bits, as replacements of `jax.lax.dot_general`."""
 
-from frugax.lowbit.simulated import RECIPES, Recipe, dot_general, recipe
+from frugax.lowbit.linear import dot_general
+from frugax.lowbit.operands import Operand, Product, Recipe, Rotation
+from frugax.lowbit.recipes import RECIPES, recipe
 
-__all__ = ['RECIPES', 'Recipe', 'dot_general', 'recipe']
+__all__ = [
+  'RECIPES',
+  'Operand',
+  'Product',
+  'Recipe',
+  'Rotation',
+  'dot_general',
+  'recipe',
+]

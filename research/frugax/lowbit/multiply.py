@@ -1,0 +1,142 @@
+"""Products of rounded matrices, by their codes where both have row scales."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from frugax.quant import elements
+from frugax.quant.tiles import Tiled, dequantize_tiles
+
+
+def rows_by_rows(
+  left: Tiled | jax.Array,
+  right: Tiled | jax.Array,
+  batch_axes: int = 0,
+  dtype: jax.typing.DTypeLike = jnp.float32,
+  native: bool | None = None,
+  precision: lax.PrecisionLike = None,
+) -> jax.Array:
+  r"""The inner products of all rows of two stacks of matrices.
+
+  With a scale a row, or one for all, the scales are taken out of the sum,
+
+  .. math:: y_{ij} = s_i t_j \sum_k a_{ik} b_{jk}
+
+  and the numbers in it are few bits wide: exact in bfloat16, or multiplied as
+  the codes they are. Of mid-rise numbers, :math:`a + 1/2`, the sum is
+
+  .. math::
+    \sum_k a_{ik} b_{jk} + \tfrac12 \sum_k a_{ik} + \tfrac12 \sum_k b_{jk} +
+    \tfrac{K}{4}
+
+  Args:
+    left: (*batch, *rows, columns).
+    right: (*batch, *other rows, columns).
+    batch_axes: number of axes over which the matrices are stacked.
+    dtype: of rounded operands in floating-point products.
+    native: see `frugax.lowbit.dot_general`.
+    precision: of floating-point products.
+
+  Returns:
+    (*batch, *rows, *other rows) in float32.
+
+  Examples:
+    >>> from frugax.quant import quantize_tiles
+    >>> x = jnp.array([[127., 2.], [-4., 127.]])
+    >>> q = quantize_tiles(x, 'int8')
+    >>> print(rows_by_rows(q, x.at[0].set(.5), native=True))
+    [[  64.5 -254. ]
+     [  61.5 16145. ]]
+  """
+  if isinstance(left, Tiled) and isinstance(right, Tiled):
+    kinds = {_kind(left), _kind(right)}
+  else:
+    kinds = {None}
+  a, left_scale = _apart(left, dtype, kinds)
+  b, right_scale = _apart(right, dtype, kinds)
+  stacked = tuple(range(batch_axes))
+  dims = (((a.ndim - 1,), (b.ndim - 1,)), (stacked, stacked))
+
+  def product(a, b):
+    return lax.dot_general(
+      a, b, dims, precision, preferred_element_type=jnp.float32
+    )
+
+  if kinds == {'int8'}:
+    shifts = [_shift(x) for x in (left, right)]
+
+    def floats(a, b):
+      a, b = (
+        x.astype(dtype) + jnp.asarray(shift, dtype)
+        for x, shift in zip((a, b), shifts, strict=True)
+      )
+      return product(a, b)
+
+    def integers(a, b):
+      return _integers(a, b, dims, batch_axes, *shifts)
+
+    if native is None:
+      y = lax.platform_dependent(a, b, cpu=floats, default=integers)
+    else:
+      y = integers(a, b) if native else floats(a, b)
+  elif kinds == {'float8'} and native is False:
+    y = product(a.astype(dtype), b.astype(dtype))
+  else:
+    y = product(a, b)
+  if left_scale is not None:
+    y = y * _among_rows(left_scale, batch_axes, a.ndim, b.ndim)
+  if right_scale is not None:
+    y = y * _among_other_rows(right_scale, batch_axes, a.ndim)
+  return y
+
+
+def _kind(q):
+  """How the codes can be multiplied: 'int8', 'float8', or None for neither."""
+  rows, columns = q.scaling.tile
+  if columns is not None or rows not in (1, None):
+    return None
+  dtype = elements.element(q.format).dtype
+  return {'int8': 'int8', 'uint8': None}.get(dtype, 'float8')
+
+
+def _shift(q):
+  return 0.5 if elements.element(q.format).rise else 0.0
+
+
+def _apart(x, dtype, kinds):
+  """An array to multiply, and a scale of its rows or None."""
+  if not isinstance(x, Tiled):
+    return x.astype(dtype), None
+  if kinds in ({'int8'}, {'float8'}):
+    return x.codes(), x.steps()
+  rows, columns = x.scaling.tile
+  if columns is None and rows in (1, None):
+    return x.numbers().astype(dtype), x.steps()
+  # Without the scale of scales the rest is exact in bfloat16.
+  inner = dataclasses.replace(x, tensor=None)
+  return dequantize_tiles(inner, dtype), x.tensor
+
+
+def _integers(a, b, dims, batch, left_shift, right_shift):
+  y = lax.dot_general(a, b, dims, preferred_element_type=jnp.int32)
+  y = y.astype(jnp.float32)
+  if right_shift:
+    sums = a.sum(-1, keepdims=True, dtype=jnp.int32)
+    y += right_shift * _among_rows(sums, batch, a.ndim, b.ndim)
+  if left_shift:
+    sums = b.sum(-1, keepdims=True, dtype=jnp.int32)
+    y += left_shift * _among_other_rows(sums, batch, a.ndim)
+  return y + a.shape[-1] * left_shift * right_shift
+
+
+def _among_rows(x, batch, left, right):
+  """(*batch, *rows, 1) to (*batch, *rows, *ones for the other rows)."""
+  return x.reshape(*x.shape[:-1], *[1] * (right - 1 - batch))
+
+
+def _among_other_rows(x, batch, left):
+  """(*batch, *other rows, 1) to (*batch, *ones for rows, *other rows)."""
+  ones = [1] * (left - 1 - batch)
+  return x.reshape(*x.shape[:batch], *ones, *x.shape[batch:-1])

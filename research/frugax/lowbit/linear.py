@@ -46,9 +46,8 @@ def dot_general(
       from the bits of the array that is rounded: without a state it is another
       one in each step and layer, and the same one where the backward pass
       computes a layer again.
-    native: whether codes are multiplied as they are. None does so with integers
-      except on CPUs, where floating-point products are faster, and with 8-bit
-      floats everywhere.
+    native: whether codes are multiplied as they are. None does so except on
+      CPUs, where products of wider numbers are faster.
 
   Returns:
     The function. Its left operand is the activations, its right one the

@@ -64,25 +64,25 @@ def rows_by_rows(
       a, b, dims, precision, preferred_element_type=jnp.float32
     )
 
-  if kinds == {'int8'}:
+  if kinds in ({'int8'}, {'float8'}):
     shifts = [_shift(x) for x in (left, right)]
 
-    def floats(a, b):
+    def wide(a, b):
       a, b = (
         x.astype(dtype) + jnp.asarray(shift, dtype)
         for x, shift in zip((a, b), shifts, strict=True)
       )
       return product(a, b)
 
-    def integers(a, b):
+    def narrow(a, b):
+      if kinds == {'float8'}:
+        return product(a, b)
       return _integers(a, b, dims, batch_axes, *shifts)
 
     if native is None:
-      y = lax.platform_dependent(a, b, cpu=floats, default=integers)
+      y = lax.platform_dependent(a, b, cpu=wide, default=narrow)
     else:
-      y = integers(a, b) if native else floats(a, b)
-  elif kinds == {'float8'} and native is False:
-    y = product(a.astype(dtype), b.astype(dtype))
+      y = narrow(a, b) if native else wide(a, b)
   else:
     y = product(a, b)
   if left_scale is not None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import numbers
+import re
 
 import jax.numpy as jnp
 
@@ -45,6 +46,12 @@ class LlamaConfig:
       outputs of the linears whatever `dot_general` computes them.
     matmul: low-bit recipe of the seven linears of a layer, a name that
       `frugax.lowbit.recipe` knows; 'none' computes them in `dtype`.
+    matmul_rules: (regular expression, recipe) pairs: a linear has the recipe of
+      the first that is found in its path, 'attn/q' to 'mlp/down', and else
+      `matmul`.
+    matmul_exempt: how many of the first and of the last layers are computed in
+      `dtype` whatever the recipe; both ends of many published recipes are.
+    matmul_head: recipe of the head.
     max_positions: context length written into a Hugging Face `config.json`;
       the model itself has no limit.
 
@@ -85,6 +92,9 @@ class LlamaConfig:
   param_dtype: str = 'float32'
   remat: str = 'none'
   matmul: str = 'none'
+  matmul_rules: tuple[tuple[str, str], ...] = ()
+  matmul_exempt: tuple[int, int] = (0, 0)
+  matmul_head: str = 'none'
   max_positions: int = 2048
 
   def __post_init__(self):
@@ -96,7 +106,7 @@ class LlamaConfig:
       object.__setattr__(self, name, _dtype_name(name, getattr(self, name)))
     if self.remat not in REMAT:
       raise names.unknown('remat policy', self.remat, REMAT)
-    lowbit.recipe(self.matmul)  # raises where there is none
+    self._check_matmul()
     if self.n_heads % self.n_kv_heads:
       raise ValueError(
         f'n_heads={self.n_heads} is not divisible by n_kv_heads='
@@ -115,6 +125,38 @@ class LlamaConfig:
         f'a head of width {self.d_head} is odd, but rotary embedding turns '
         'pairs: choose dim, n_heads or head_dim so that it is even.'
       )
+
+  def _check_matmul(self):
+    rules = tuple(tuple(rule) for rule in self.matmul_rules)
+    if any(len(rule) != 2 for rule in rules):
+      raise ValueError(
+        f'matmul_rules={self.matmul_rules!r}: give pairs of a regular '
+        "expression and a recipe, as in (('mlp/down', 'int8'),)"
+      )
+    exempt = tuple(self.matmul_exempt)
+    if len(exempt) != 2 or min(exempt) < 0:
+      raise ValueError(
+        f'matmul_exempt={self.matmul_exempt!r}: give two numbers of layers, '
+        'at the beginning and at the end'
+      )
+    object.__setattr__(self, 'matmul_rules', rules)
+    object.__setattr__(self, 'matmul_exempt', exempt)
+    for pattern, _ in rules:
+      try:
+        re.compile(pattern)
+      except re.error as error:
+        raise ValueError(
+          f'matmul_rules: {pattern!r} is no regular expression: {error}'
+        ) from error
+    for name in (self.matmul, self.matmul_head, *(name for _, name in rules)):
+      lowbit.recipe(name)  # raises where there is none
+
+  def recipe_of(self, path: str) -> str:
+    """The name of the recipe of a linear, by its path ('mlp/down')."""
+    for pattern, name in self.matmul_rules:
+      if re.search(pattern, path):
+        return name
+    return self.matmul
 
   @property
   def d_head(self) -> int:

@@ -1,16 +1,17 @@
 """LLaMA in linen, behind a facade on plain nested dicts."""
 
+import itertools
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from frugax import lowbit
 from frugax.models.llama.config import LlamaConfig
+from frugax.models.llama.rotary import rotate
 
 Params = dict
 
@@ -26,6 +27,10 @@ _POLICIES = {
 
 def _identity(x, names):
   return x
+
+
+def _plain(path):
+  return lax.dot_general
 
 
 def _normal(std):
@@ -56,44 +61,11 @@ class RMSNorm(nn.Module):
     return (x * scale.astype(jnp.float32)).astype(config.dtype)
 
 
-def rotate(x_BxTxHxK, positions, theta):
-  """Rotary position embedding of queries or keys.
-
-  Dimension `i` and dimension `i + K/2` form a pair, turned by the angle
-  `position * theta^(-2i/K)`: the half-split order of Hugging Face's LLaMA, so
-  its weights need no permutation (Meta's original interleaves the pairs).
-
-  Args:
-    x_BxTxHxK: queries or keys; K is even.
-    positions: integers, (B, T) or (T,).
-    theta: base of the angles.
-
-  Returns:
-    The rotated array in the input's dtype; computed in float32.
-
-  Examples:
-    >>> x = jnp.ones((1, 2, 1, 2))
-    >>> rotate(x, jnp.array([0, 1]), 10000.0)[0, :, 0].round(3).tolist()
-    [[1.0, 1.0], [-0.30..., 1.38...]]
-
-  References:
-    Su et al., RoFormer, https://arxiv.org/abs/2104.09864, 2021.
-  """
-  half = x_BxTxHxK.shape[-1] // 2
-  # float64 until the last rounding: an error here grows with the position.
-  frequency = (float(theta) ** (-np.arange(half) / half)).astype(np.float32)
-  angle = positions[..., None, None].astype(jnp.float32) * frequency
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
-  x, y = jnp.split(x_BxTxHxK.astype(jnp.float32), 2, axis=-1)
-  turned = jnp.concatenate([x * cos - y * sin, y * cos + x * sin], axis=-1)
-  return turned.astype(x_BxTxHxK.dtype)
-
-
 class _Linears(nn.Module):
-  """Base of the modules whose matmuls go through `dot_general`."""
+  """Base of the modules whose matmuls go through `product(path)`."""
 
   config: LlamaConfig
-  dot_general: Callable
+  product: Callable
   constrain: Callable
 
   def linear(self, name, x, features, axis=-1):
@@ -105,7 +77,7 @@ class _Linears(nn.Module):
       dtype=jnp.dtype(config.dtype),
       param_dtype=jnp.dtype(config.param_dtype),
       kernel_init=_normal(config.init_std),
-      dot_general=self.dot_general,
+      dot_general=self.product(f'{self.name}/{name}'),
       name=name,
     )(x)
     return checkpoint_name(y, _SAVED)
@@ -149,12 +121,12 @@ class Block(nn.Module):
   """One layer: attention and MLP, each on a norm and added to the stream."""
 
   config: LlamaConfig
-  dot_general: Callable = lax.dot_general
+  product: Callable = _plain  # of a linear's path: its dot_general
   constrain: Callable = _identity
 
   @nn.compact
   def __call__(self, x_BxTxD, segment_ids_BxT, positions):
-    shared = (self.config, self.dot_general, self.constrain)
+    shared = (self.config, self.product, self.constrain)
     stream = ('batch', 'sequence', 'act_embed')
     y = RMSNorm(self.config, name='attn_norm')(x_BxTxD)
     y = Attention(*shared, name='attn')(y, segment_ids_BxT, positions)
@@ -189,8 +161,9 @@ class Llama:
   Args:
     config: the shape.
     dot_general: computes the seven linears of a layer, with the signature of
-      `jax.lax.dot_general`; None is the recipe `config.matmul`. The head and
-      the embedding stay out of it.
+      `jax.lax.dot_general`; None is what the config says of each (`matmul`,
+      `matmul_rules`, `matmul_exempt`). The head and the embedding stay out of
+      it.
     constrain: called as `constrain(x, names)` on activations, and on the
       embedding before its look-up; returns `x` with a sharding. The model
       knows names, not meshes: 'batch', 'sequence', 'kv_sequence', 'act_embed',
@@ -227,11 +200,17 @@ class Llama:
     dot_general: Callable | None = None,
     constrain: Callable = _identity,
   ):
-    recipe = lowbit.recipe(config.matmul)
-    dot_general = dot_general or lowbit.dot_general(recipe)
+    def product(path):
+      if dot_general is not None:
+        return dot_general
+      return lowbit.dot_general(lowbit.recipe(config.recipe_of(path)))
+
     self.config = config
     self._constrain = constrain
-    self._block = Block(config, dot_general, constrain)
+    self._block = Block(config, product, constrain)
+    self._exempt = (0, 0) if dot_general else config.matmul_exempt
+    self._exempt_block = Block(config, _plain, constrain)
+    self._head = lowbit.dot_general(lowbit.recipe(config.matmul_head))
     self._norm = RMSNorm(config)
     # Once, here: without it, every eager call would compile the scan anew.
     self._jitted = jax.jit(self._forward)
@@ -304,18 +283,35 @@ class Llama:
     return self._jitted(params, tokens_BxT, segment_ids, positions)
 
   def _forward(self, params, tokens_BxT, segment_ids, positions):
-    def layer(x_BxTxD, layer_params):
-      x_BxTxD = self.block(
-        layer_params, x_BxTxD, segment_ids=segment_ids, positions=positions
-      )
-      return x_BxTxD, None
+    def walk(x_BxTxD, layers, index):
+      def layer(x_BxTxD, layer_params):
+        x_BxTxD = self.block(
+          layer_params,
+          x_BxTxD,
+          segment_ids=segment_ids,
+          positions=positions,
+          index=index,
+        )
+        return x_BxTxD, None
 
-    if self.config.remat != 'none':
-      # A scan's body cannot be merged with its forward: no need to forbid it.
-      policy = _POLICIES[self.config.remat]
-      layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+      if self.config.remat != 'none':
+        # A scan's body cannot be merged with its forward: no need to forbid it.
+        policy = _POLICIES[self.config.remat]
+        layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+      return lax.scan(layer, x_BxTxD, layers)[0]
+
     x_BxTxD = self.embed(params, tokens_BxT)
-    x_BxTxD, _ = lax.scan(layer, x_BxTxD, params['layers'])
+    layers = params['layers']
+    if self._exempt == (0, 0):
+      return self.head(params, walk(x_BxTxD, layers, None))
+    first, last = self._exempt
+    ends = (0, first, self.config.n_layers - last, self.config.n_layers)
+    if first >= ends[2]:  # all of them
+      ends = (0, ends[-1])
+    for start, stop in itertools.pairwise(ends):
+      if stop > start:
+        part = jax.tree.map(lambda p: p[start:stop], layers)  # noqa: B023
+        x_BxTxD = walk(x_BxTxD, part, start)
     return self.head(params, x_BxTxD)
 
   def embed(self, params: Params, tokens_BxT: jax.Array) -> jax.Array:
@@ -336,6 +332,7 @@ class Llama:
     *,
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
+    index: int | None = None,
   ) -> jax.Array:
     """One layer, without remat.
 
@@ -344,6 +341,8 @@ class Llama:
       x_BxTxD: the residual stream.
       segment_ids: as in `apply`.
       positions: as in `apply`.
+      index: which layer it is, for `config.matmul_exempt`; None for one that is
+        not exempt.
 
     Returns:
       The residual stream after the layer.
@@ -351,7 +350,11 @@ class Llama:
     if positions is None:
       positions = jnp.arange(x_BxTxD.shape[1])
     variables = {'params': layer_params}
-    return self._block.apply(variables, x_BxTxD, segment_ids, positions)
+    first, last = self._exempt
+    inner = range(first, self.config.n_layers - last)
+    exempt = index is not None and index not in inner
+    block = self._exempt_block if exempt else self._block
+    return block.apply(variables, x_BxTxD, segment_ids, positions)
 
   def head(self, params: Params, x_BxTxD: jax.Array) -> jax.Array:
     """Final norm and projection to the vocabulary: float32, (B, T, V)."""
@@ -360,7 +363,7 @@ class Llama:
       kernel, axis = params['embed']['embedding'], 1
     else:
       kernel, axis = params['lm_head']['kernel'], 0
-    logits = lax.dot_general(
+    logits = self._head(
       x,
       kernel.astype(x.dtype),
       (((2,), (axis,)), ((), ())),

@@ -1,0 +1,114 @@
+"""Which linear of the model is computed by which recipe."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from frugax import lowbit
+from frugax.models import llama
+
+TOKENS = jnp.arange(12).reshape(1, 12)
+LAYERS = 3
+
+
+def model(**fields):
+  return llama.Llama(llama.config('tiny', n_layers=LAYERS, **fields))
+
+
+PARAMS = model().init(jax.random.key(0))
+
+
+def logits(**fields):
+  return np.asarray(model(**fields).apply(PARAMS, TOKENS))
+
+
+def stepwise(plain, matmul):
+  """The layers one by one, those that `plain` names by the plain model."""
+  low, high = model(matmul=matmul), model()
+  x = high.embed(PARAMS, TOKENS)
+  for i in range(LAYERS):
+    layer = jax.tree.map(lambda p: p[i], PARAMS['layers'])  # noqa: B023
+    x = (high if i in plain else low).block(layer, x)
+  return np.asarray(high.head(PARAMS, x))
+
+
+# Its weights alone are rounded, so that no activation lies on an edge.
+LOW = 'trilm'
+
+
+@pytest.mark.parametrize(
+  ('exempt', 'plain', 'remat'),
+  [
+    ((1, 0), {0}, 'none'),
+    ((1, 1), {0, 2}, 'full'),
+    ((0, 2), {1, 2}, 'none'),
+    ((2, 2), {0, 1, 2}, 'none'),
+  ],
+)
+def test_first_and_last_layers_are_exempt(exempt, plain, remat):
+  got = logits(matmul=LOW, matmul_exempt=exempt, remat=remat)
+  np.testing.assert_allclose(got, stepwise(plain, LOW), atol=1e-4)
+  assert np.abs(got - stepwise(set(), LOW)).max() > 1e-3
+
+
+def test_a_layer_walked_alone_knows_its_index():
+  low = model(matmul=LOW, matmul_exempt=[1, 1])
+  layer = jax.tree.map(lambda p: p[1], PARAMS['layers'])
+  x = jax.random.normal(jax.random.key(1), (1, 4, 128))
+  plain = model().block(layer, x)
+  for index, exempt in ((None, False), (0, True), (1, False), (2, True)):
+    same = np.allclose(low.block(layer, x, index=index), plain, atol=1e-5)
+    assert same == exempt, index
+
+
+def test_rules_choose_by_path_and_the_first_wins():
+  rules = [['down$', 'int8'], ['mlp', 'quest2'], ['attn/[qk]', 'fp8']]
+  config = llama.config('tiny', matmul='none', matmul_rules=rules)
+  hash(config)
+  assert {p: config.recipe_of(p) for p in ('mlp/down', 'mlp/up', 'attn/k')} == {
+    'mlp/down': 'int8',
+    'mlp/up': 'quest2',
+    'attn/k': 'fp8',
+  }
+  assert config.recipe_of('attn/o') == 'none'
+  assert (logits(matmul_rules=[['lm_head', LOW]]) == logits()).all()
+  everywhere = logits(matmul=LOW)
+  np.testing.assert_allclose(
+    logits(matmul_rules=[['attn|mlp', LOW]]), everywhere, atol=1e-5
+  )
+  part = logits(matmul=LOW, matmul_rules=[['mlp/', 'none']])
+  assert np.abs(part - everywhere).max() > 1e-3
+
+
+@pytest.mark.parametrize('tied', [False, True])
+def test_the_head_has_a_recipe_of_its_own(tied):
+  x = jax.random.normal(jax.random.key(1), (1, 4, 128))
+  low = model(matmul_head='int8', tie_embeddings=tied)
+  high = model(tie_embeddings=tied)
+  got, plain = low.head(PARAMS, x), high.head(PARAMS, x)
+  assert got.dtype == jnp.float32
+  kernel = PARAMS['lm_head']['kernel']
+  kernel = PARAMS['embed']['embedding'].T if tied else kernel
+  y = x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+  dot = lowbit.dot_general(lowbit.recipe('int8'))
+  want = dot(y, kernel, (((2,), (0,)), ((), ())))
+  np.testing.assert_allclose(got, want, atol=1e-4)
+  assert jnp.abs(got - plain).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'matmul': 'int9'}, "unknown low-bit recipe 'int9': did you mean 'int"),
+    ({'matmul_head': 'in8'}, "unknown low-bit recipe 'in8'"),
+    ({'matmul_rules': [['mlp', 'in8']]}, "unknown low-bit recipe 'in8'"),
+    ({'matmul_rules': [['(', 'int8']]}, 'is no regular expression'),
+    ({'matmul_rules': [['mlp']]}, 'give pairs'),
+    ({'matmul_exempt': (1,)}, 'give two numbers'),
+    ({'matmul_exempt': (0, -1)}, 'give two numbers'),
+  ],
+)
+def test_bad_fields(fields, message):
+  with pytest.raises(ValueError, match=message):
+    llama.config('tiny', **fields)

@@ -7,6 +7,10 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 _DEVICES = '--xla_force_host_platform_device_count=8'
 if _DEVICES not in os.environ.get('XLA_FLAGS', ''):
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_DEVICES}'
+# A CPU device waits for the others on a thread of one pool, which has a thread
+# for each device. A step has collectives that wait for nothing but the batch:
+# with eight of these at once the one that all need finds no thread.
+os.environ.setdefault('PJRT_NPROC', '32')
 _CACHE = pathlib.Path(__file__).parents[1] / '.cache' / 'jax'
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')

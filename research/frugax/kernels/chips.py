@@ -1,0 +1,105 @@
+"""For which chip a computation is traced, and what computes it there."""
+
+import functools
+import logging
+
+from jax.experimental.pallas import tpu as pltpu
+
+from frugax import names
+
+IMPLEMENTATIONS = ('mosaic', 'xla')
+
+# What each chip multiplies faster, or in fewer bytes, than as bfloat16. 'mixed'
+# is bfloat16 times integers. v5e, v5p and v6e widen 8-bit floats to bfloat16;
+# tpu7x computes int8 by way of bfloat16, and int4 and float4 as 8-bit floats.
+NATIVE = {
+  'v4': (),
+  'v5e': ('int8', 'int4', 'mixed'),
+  'v5p': ('int8', 'int4', 'mixed'),
+  'v6e': ('int8', 'int4', 'mixed'),
+  'tpu7x': ('int4', 'float8', 'float4', 'mixed'),
+}
+# What Mosaic compiles, fast or not.
+COMPILES = {
+  'v4': ('mixed',),
+  'v5e': ('int8', 'int4', 'float8', 'mixed'),
+  'v5p': ('int8', 'int4', 'float8', 'mixed'),
+  'v6e': ('int8', 'int4', 'float8', 'mixed'),
+  'tpu7x': ('int8', 'int4', 'float8', 'float4', 'mixed'),
+}
+
+
+def current() -> str | None:
+  """The TPU that is traced for, a name in `NATIVE`; None if it is none.
+
+  It is that of the mesh under `jax.set_mesh`, which may consist of devices that
+  are only described (`jax.experimental.topologies`), else the default device.
+  """
+  if not pltpu.is_tpu_device():
+    return None
+  version = str(pltpu.get_tpu_info().chip_version)
+  name = f'tpu{version}' if version[0] != 'v' else version
+  return name if name in NATIVE else None
+
+
+def choose(
+  op: str, kind: str, implementation: str | None, interpret: bool
+) -> str:
+  """Which implementation computes an operation.
+
+  Args:
+    op: its name, for messages.
+    kind: what it multiplies, as in `NATIVE`.
+    implementation: what the caller asks for; None for the best there is.
+    interpret: whether Mosaic's kernel shall run as plain JAX.
+
+  Returns:
+    A name in `IMPLEMENTATIONS`.
+
+  Raises:
+    ValueError: an unknown implementation, or one that does not run here.
+
+  Examples:
+    >>> choose('quantized_matmul', 'int8', 'mosaic', interpret=True)
+    'mosaic'
+    >>> choose('quantized_matmul', 'int8', 'mosiac', interpret=False)
+    Traceback (most recent call last):
+    ...
+    ValueError: unknown implementation 'mosiac': did you mean 'mosaic'? ...
+  """
+  if implementation not in (None, *IMPLEMENTATIONS):
+    raise names.unknown('implementation', implementation, IMPLEMENTATIONS)
+  if interpret:
+    if implementation == 'xla':
+      raise ValueError(
+        "interpret=True with implementation='xla': only a kernel can be "
+        "interpreted; give implementation='mosaic' or interpret=False"
+      )
+    return 'mosaic'
+  chip = current()
+  if implementation is None:
+    if chip and kind in NATIVE[chip]:
+      return 'mosaic'
+    _say_so(op, kind, chip)
+    return 'xla'
+  if implementation == 'mosaic':
+    if chip is None:
+      raise ValueError(
+        f"{op}: implementation='mosaic' needs a TPU: give interpret=True to "
+        'run it elsewhere, or trace it under jax.set_mesh with the devices of '
+        'a topology to compile for one'
+      )
+    if kind not in COMPILES[chip]:
+      raise ValueError(
+        f"{op}: implementation='mosaic' has no {kind} products for {chip}, "
+        f"but {', '.join(COMPILES[chip])}: give implementation='xla'"
+      )
+  return implementation
+
+
+@functools.cache
+def _say_so(op, kind, chip):
+  """Once for each of its arguments."""
+  logging.getLogger('frugax').warning(
+    '%s: %s products are left to XLA on %s', op, kind, chip or 'this platform'
+  )

@@ -1,0 +1,1 @@
+"""Rounding and product in one kernel."""

@@ -1,0 +1,106 @@
+"""How a row is rounded: what `quantize_matmul` takes of `frugax.quant`."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from frugax.quant import Scaling, elements
+
+# As in `frugax.quant.quantize_tiles`.
+_LARGEST = 2.0**126
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+_STATISTICS = ('absmax', 'rms', 'mean')
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+  """A format, a scale for each row, and whether a rotation comes before.
+
+  Args:
+    format: a name in `frugax.quant.ELEMENTS` whose codes can be multiplied:
+      'int2' to 'int8', 'ternary', 'rise1' to 'rise8', 'fp8_e4m3', 'fp8_e5m2'.
+    scaling: with a scale a row, in float32.
+    rotate: by a Hadamard matrix of 128 before, as `frugax.quant.hadamard`.
+
+  Raises:
+    ValueError: a format or scaling that the kernel does not have.
+  """
+
+  format: str
+  scaling: Scaling
+  rotate: bool = False
+
+  def __post_init__(self):
+    if self.element.dtype == 'uint8':
+      raise ValueError(
+        f'format={self.format!r} has codes that cannot be multiplied: give one '
+        'of int2 to int8, ternary, rise1 to rise8, fp8_e4m3 and fp8_e5m2'
+      )
+    s = self.scaling
+    if (s.tile, s.scale, s.stretch) != ((1, None), 'float32', 1.0):
+      raise ValueError(
+        f'{s}: a product with codes takes one float32 scale a row; give '
+        "tile=(1, None), scale='float32' and stretch=1"
+      )
+    if s.statistic not in _STATISTICS:
+      raise ValueError(
+        f'statistic={s.statistic!r}: give one of {", ".join(_STATISTICS)}'
+      )
+
+  @property
+  def element(self) -> elements.Element:
+    return elements.element(self.format)
+
+  @property
+  def dtype(self) -> jnp.dtype:
+    """Of the codes: int4 for at most 4 bits, int8 or a float of 8 bits."""
+    e = self.element
+    four = e.dtype == 'int8' and e.bits <= 4
+    return jnp.dtype(jnp.int4 if four else e.dtype)
+
+  @property
+  def shift(self) -> float:
+    """Of the numbers against the codes."""
+    return 0.5 if self.element.rise else 0.0
+
+  @property
+  def sums(self) -> bool:
+    """Whether sums of codes are known: those of integers."""
+    return self.element.dtype == 'int8'
+
+  def gather(self, old: jax.Array, x: jax.Array) -> jax.Array:
+    """The statistic, element by element, of what was seen and of x."""
+    if self.scaling.statistic == 'absmax':
+      # Compared as integers, of which those of NaN are the largest: the chips'
+      # own maximum may ignore it.
+      bits = [lax.bitcast_convert_type(v, jnp.int32) for v in (old, jnp.abs(x))]
+      return lax.bitcast_convert_type(jnp.maximum(*bits), jnp.float32)
+    return old + (x * x if self.scaling.statistic == 'rms' else jnp.abs(x))
+
+  def finish(self, gathered: jax.Array, axis: int, size: int) -> jax.Array:
+    """The scale of each row, from what was gathered along an axis of it."""
+    s = self.scaling
+    nan = jnp.isnan(gathered).astype(jnp.float32).max(axis, keepdims=True)
+    if s.statistic == 'absmax':
+      statistic = gathered.max(axis, keepdims=True)
+    else:
+      statistic = gathered.sum(axis, keepdims=True) * np.float32(1 / size)
+      if s.statistic == 'rms':
+        statistic = jnp.sqrt(statistic)
+    alpha = jnp.maximum(s.factor * statistic + s.eps, s.floor)
+    alpha = jnp.minimum(alpha, _LARGEST)
+    step = jnp.maximum(alpha * np.float32(1 / self.element.top), _TINY)
+    return jnp.where(nan > 0, jnp.nan, step)
+
+  def codes(self, x: jax.Array) -> jax.Array:
+    """Of numbers over their scale; in float32, but those of 8-bit floats."""
+    top = self.element.top
+    x = jnp.clip(x, -top, top)
+    if self.element.dtype != 'int8':
+      return x.astype(self.dtype)
+    # Mid-rise, what is half-way goes to the even multiple before a half is
+    # taken off: 0 to -1/2, whose code is -1.
+    return jnp.round(x + 0.5) - 1 if self.element.rise else jnp.round(x)

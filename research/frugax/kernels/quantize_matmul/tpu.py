@@ -1,0 +1,336 @@
+"""`quantize_matmul` for TPUs, by Mosaic."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from frugax.kernels import blocks as tables
+from frugax.kernels import products
+from frugax.kernels.products import LAYOUTS
+from frugax.kernels.quantize_matmul.rounding import Rounding
+from frugax.kernels.quantized_matmul.reference import scaled
+
+_TILE = 128
+_LARGEST = 2.0**100
+
+
+class _Plan(NamedTuple):
+  """All that is static. Blocks of x are `rows` x K, whichever way x lies."""
+
+  rounding: Rounding
+  layout: str
+  size: int  # of the contracted axis, without what it is filled up with
+  padded: int
+  rows: int
+  columns: int
+  steps: int  # blocks of the contracted axis of w
+  w_shift: float
+  has_fold: bool
+  has_ends: bool  # scales, and perhaps terms, of w
+  residuals: bool
+  interpret: bool
+
+  @property
+  def axis(self):
+    """The contracted axis of x."""
+    return 0 if self.layout == 'TN' else 1
+
+  @property
+  def block(self):
+    return self.at(self.rows, self.padded)
+
+  def at(self, along_rows, along_axis):
+    """A pair in the order of x's axes."""
+    pair = along_rows, along_axis
+    return pair[::-1] if self.axis == 0 else pair
+
+  @property
+  def swapped(self):
+    """Whether w gives the rows of the result, and x the columns."""
+    return self.layout == 'TN'
+
+
+def quantize_matmul(
+  x: jax.Array,
+  w: jax.Array,
+  ends: jax.Array | None,
+  fold: jax.Array | None,
+  rounding: Rounding,
+  layout: str,
+  w_shift: float,
+  dtype: jax.typing.DTypeLike,
+  residuals: bool,
+  blocks: tables.Blocks,
+  interpret: bool = False,
+) -> tuple[jax.Array, ...]:
+  """The product, and codes, scales and sums of x if they are asked for.
+
+  The grid runs over blocks of x's rows, of w's columns and of the contracted
+  axis, the last fastest. With the first product of a block of x its codes are
+  computed, from all of its rows, and they stay in VMEM for the others; where
+  codes are asked for, in the block that is written out at the end.
+
+  Args:
+    x: (M, K), or (K, N) for 'TN'.
+    w: (K, N), (N, K) for 'NT', or (K, M) for 'TN'.
+    ends: scales and terms of w as `quantized_matmul.epilogue` gives them.
+    fold: (1, K), or (K, 1) for 'TN', float32; or None.
+    rounding: of x.
+    layout: a name in `LAYOUTS`.
+    w_shift: of w's numbers against their codes.
+    dtype: of the result.
+    residuals: whether to return codes, scales and sums.
+    blocks: the largest blocks; `rows` are those of x.
+    interpret: run as plain JAX.
+
+  Returns:
+    The product, and with residuals codes, scales, and sums of integers.
+  """
+  axis = 0 if layout == 'TN' else 1
+  w_axis = LAYOUTS[layout][0 if layout == 'TN' else 1]
+  size, m, n = x.shape[axis], x.shape[1 - axis], w.shape[1 - w_axis]
+  bk, steps = products.fit(size, blocks.contracted, exact=True)
+  bm, i_count = products.fit(m, blocks.rows)
+  bn, j_count = products.fit(n, blocks.columns)
+  plan = _Plan(
+    rounding,
+    layout,
+    size,
+    bk * steps,
+    bm,
+    bn,
+    steps,
+    w_shift,
+    fold is not None,
+    ends is not None,
+    residuals,
+    interpret,
+  )
+  x = products.pad(x, axis, plan.padded)
+  operands = [x, products.pad(w, w_axis, plan.padded)]
+  whole = pl.BlockSpec(plan.block, lambda i, j, k: plan.at(i, 0))
+  specs = [whole, _w_spec(w_axis, bn, bk)]
+  if fold is not None:
+    operands.append(products.pad(fold, axis, plan.padded))
+    specs.append(pl.BlockSpec(plan.at(1, plan.padded), lambda i, j, k: (0, 0)))
+  if rounding.rotate:
+    for h in _rotations(size, axis, x.dtype):
+      operands.append(h)
+      specs.append(pl.BlockSpec(h.shape, lambda i, j, k: (0, 0)))
+  if ends is not None:
+    operands.append(ends)
+    if plan.swapped:
+      specs.append(pl.BlockSpec((bn, ends.shape[1]), lambda i, j, k: (j, 0)))
+    else:
+      specs.append(pl.BlockSpec((ends.shape[0], bn), lambda i, j, k: (0, j)))
+  shape, block = ((n, m), (bn, bm)) if plan.swapped else ((m, n), (bm, bn))
+  outs = [jax.ShapeDtypeStruct(shape, dtype)]
+  order = (lambda i, j: (j, i)) if plan.swapped else (lambda i, j: (i, j))
+  out_specs = [pl.BlockSpec(block, lambda i, j, k: order(i, j))]
+  scratch = []
+  line = pl.BlockSpec(plan.at(bm, 1), lambda i, j, k: plan.at(i, 0))
+  if residuals:
+    outs.append(jax.ShapeDtypeStruct(x.shape, rounding.dtype))
+    outs.append(jax.ShapeDtypeStruct(plan.at(m, 1), jnp.float32))
+    out_specs += [whole, line]
+    if rounding.sums:
+      outs.append(jax.ShapeDtypeStruct(plan.at(m, 1), jnp.int32))
+      out_specs.append(line)
+  else:
+    scratch.append(pltpu.VMEM(plan.block, rounding.dtype))
+    scratch.append(pltpu.VMEM(plan.at(bm, 1), jnp.float32))
+    if rounding.sums:
+      scratch.append(pltpu.VMEM(plan.at(bm, 1), jnp.int32))
+  if steps > 1:
+    kind = products.kind(rounding.dtype, w.dtype)
+    scratch.append(pltpu.VMEM(block, products.sum_dtype(kind)))
+  got = pl.pallas_call(
+    functools.partial(_kernel, plan),
+    grid=(i_count, j_count, steps),
+    in_specs=specs,
+    out_specs=out_specs,
+    out_shape=outs,
+    scratch_shapes=scratch,
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel', 'arbitrary', 'arbitrary'),
+      vmem_limit_bytes=tables.VMEM_LIMIT,
+    ),
+    cost_estimate=products.cost(m, n, size, [*operands, *outs]),
+    interpret=interpret,
+    name=f'quantize_matmul_{rounding.format}_{layout}',
+  )(*operands)
+  if residuals and plan.padded != size:
+    y, codes, *rest = got
+    got = (y, lax.slice_in_dim(codes, 0, size, axis=axis), *rest)
+  return tuple(got)
+
+
+def _w_spec(w_axis, bn, bk):
+  if w_axis == 0:
+    return pl.BlockSpec((bk, bn), lambda i, j, k: (k, j))
+  return pl.BlockSpec((bn, bk), lambda i, j, k: (j, k))
+
+
+def _rotations(size, axis, dtype):
+  """Signs of the whole blocks and of the rest, and what to multiply both with.
+
+  Signs are exact in bfloat16, and so are their products with x; the norms, of
+  which the rest has several, are multiplied with after.
+  """
+  signs, norms = [], []
+  for n in (_TILE, size % _TILE):
+    h = np.zeros((_TILE, _TILE), np.float32)
+    start = 0
+    while start < n:
+      block = 1 << (n - start).bit_length() - 1
+      at = slice(start, start + block)
+      h[at, at] = _sylvester(block)
+      start += block
+    signs.append(np.sign(h))
+    norms.append(np.abs(h).max(axis=1 - axis))
+  norms = jnp.asarray(np.stack(norms, axis=1 - axis))
+  return jnp.asarray(np.concatenate(signs), dtype), norms
+
+
+def _sylvester(n):
+  """As `frugax.quant.hadamard` has it, in numpy: there may be no device."""
+  h = np.ones((1, 1))
+  while len(h) < n:
+    h = np.block([[h, h], [h, -h]])
+  return h / np.sqrt(n)
+
+
+def _kernel(plan, x, w, *refs):
+  refs = list(refs)
+  fold = refs.pop(0) if plan.has_fold else None
+  h = (refs.pop(0), refs.pop(0)) if plan.rounding.rotate else None
+  ends = refs.pop(0) if plan.has_ends else None
+  out, codes, scales = refs.pop(0), refs.pop(0), refs.pop(0)
+  sums = refs.pop(0) if plan.rounding.sums else None
+  j, k = pl.program_id(1), pl.program_id(2)
+
+  @pl.when((j == 0) & (k == 0))
+  def _():
+    _quantize(plan, x, fold, h, codes, scales, sums)
+
+  def product():
+    at = (slice(None), slice(None))
+    if plan.steps > 1:
+      bk = plan.padded // plan.steps
+      start = pl.multiple_of(k * bk, _TILE)
+      at = plan.at(slice(None), pl.ds(start, bk))
+    axes = (plan.axis, LAYOUTS[plan.layout][0 if plan.swapped else 1])
+    if plan.swapped:
+      return products.dot(w[...], codes[at], axes[::-1], plan.interpret)
+    return products.dot(codes[at], w[...], axes, plan.interpret)
+
+  def write(y):
+    y = y.astype(jnp.float32)
+    if plan.w_shift:
+      y = y + plan.w_shift * sums[...].astype(jnp.float32)
+    other = None if ends is None else ends[...]
+    pair = (other, scales[...]) if plan.swapped else (scales[...], other)
+    out[...] = scaled(y, *pair).astype(out.dtype)
+
+  if plan.steps == 1:
+    write(product())
+    return
+  total = refs.pop(0)
+
+  @pl.when(k == 0)
+  def _():
+    total[...] = jnp.zeros_like(total)
+
+  total[...] += product()
+
+  @pl.when(k == plan.steps - 1)
+  def _():
+    write(total[...])
+
+
+def _quantize(plan, x, fold, h, codes, scales, sums):
+  """All codes of a block of x, a few rows at a time."""
+  rounding, axis = plan.rounding, plan.axis
+  rows = min(plan.rows, 256 if plan.rows % 256 == 0 else _TILE)
+  whole, rest = divmod(plan.size, _TILE)
+
+  def load(r, c, part=0):
+    """A tile as float32, rotated if it is to be."""
+    at = plan.at(pl.ds(r, rows), pl.ds(c, _TILE))
+    v = x[at]
+    if fold is not None:
+      v = v.astype(jnp.float32) * fold[plan.at(slice(None), pl.ds(c, _TILE))]
+    if h is None:
+      return v.astype(jnp.float32)
+    return _rotated(v, h, axis, part)
+
+  def each(r, visit, carry):
+    """Over all tiles of some rows."""
+
+    def body(c, carry):
+      return visit(pl.multiple_of(c * _TILE, _TILE), 0, carry)
+
+    if whole:
+      carry = lax.fori_loop(0, whole, body, carry)
+    if rest:
+      carry = visit(whole * _TILE, 1, carry)
+    return carry
+
+  def some_rows(i, _):
+    r = pl.multiple_of(i * rows, rows)
+    zeros = jnp.zeros(plan.at(rows, _TILE), jnp.float32)
+    here = plan.at(pl.ds(r, rows), slice(None))
+
+    def gather(c, part, seen):
+      return rounding.gather(seen, load(r, c, part))
+
+    scale = rounding.finish(each(r, gather, zeros), axis, plan.size)
+    scales[here] = scale
+    inverse = 1 / scale
+
+    def write(c, part, total):
+      q = rounding.codes(load(r, c, part) * inverse)
+      if part:
+        place = lax.broadcasted_iota(jnp.int32, q.shape, axis)
+        q = jnp.where(place < rest, q, jnp.zeros_like(q))
+      at = plan.at(pl.ds(r, rows), pl.ds(c, _TILE))
+      if not rounding.sums:
+        codes[at] = q
+        return total
+      codes[at] = q.astype(jnp.int32).astype(codes.dtype)
+      return total + q
+
+    total = each(r, write, zeros)
+    if rounding.sums:
+      total = total.sum(axis, keepdims=True)
+      sums[here] = total.astype(jnp.int32)
+    return 0
+
+  lax.fori_loop(0, plan.rows // rows, some_rows, 0)
+  filled = (whole + bool(rest)) * _TILE
+  if filled < plan.padded:
+    at = plan.at(slice(None), slice(filled, plan.padded))
+    codes[at] = jnp.zeros(codes[at].shape, codes.dtype)
+
+
+def _rotated(v, h, axis, part):
+  """Products of 128 neighbours along an axis with signs, and their norms."""
+  signs, norms = h
+  v = jnp.clip(v, -_LARGEST, _LARGEST)
+  at = slice(part * _TILE, (part + 1) * _TILE)
+  precision = lax.Precision.HIGHEST if v.dtype == jnp.float32 else None
+  pair = (v, signs[at, :]) if axis == 1 else (signs[at, :], v)
+  y = lax.dot_general(
+    *pair,
+    (((1,), (0,)), ((), ())),
+    precision,
+    preferred_element_type=jnp.float32,
+  )
+  norm = norms[part : part + 1, :] if axis == 1 else norms[:, part : part + 1]
+  return y * norm

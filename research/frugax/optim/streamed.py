@@ -206,9 +206,10 @@ def _loop(step, places, own, parts, cached, after=None):
   old = {}
   if after is not None:
     first = jnp.ravel(after[0])[0] if after else 0
+    # Of equal arrays XLA would make one, and copies of it.
     old = {
-      k: jax.tree.map(lambda x: jnp.full_like(x, first), split[k])
-      for k in places.values()
+      k: jax.tree.map(lambda x, i=i: jnp.full_like(x, first + i), split[k])
+      for i, k in enumerate(places.values())
     }
 
   def body(i, carry):

@@ -226,7 +226,7 @@ def decode(coded: Coded | jax.Array, sqrt: bool = False) -> jax.Array:
       codes, coded.scales, coded.powers, codec.format, codec.block
     )
   else:
-    x = codec.map.decode(codes.astype(jnp.int32).astype(jnp.float32))
+    x = codec.map.decode(codes.astype(jnp.int32))
     x = x * groups.spread(coded.scales, codec.block, x.shape)
   x = x.reshape(shape)
   return jnp.square(x) if codec.sqrt else x

@@ -175,7 +175,7 @@ def test_dtypes():
 @pytest.mark.parametrize(
   ('x', 'arguments', 'message'),
   [
-    (jnp.ones(3), {'format': 'int5'}, "'int5': did you mean"),
+    (jnp.ones(3), {'format': 'int9'}, "'int9': did you mean"),
     (jnp.ones(3), {'format': 'int4', 'block': 0}, 'block=0'),
     (jnp.ones(3), {'format': 'int4', 'batch_axes': 2}, 'batch_axes=2'),
     (jnp.ones(3, int), {'format': 'int4'}, 'not int32'),

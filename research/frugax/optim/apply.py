@@ -119,9 +119,8 @@ def _add(path, p, u, key):
 
 
 def _add_quantised(p, u, key):
-  if p.data.ndim == 1:
-    w = quant.dequantize(p) + wide(u)
-    return quant.quantize(w, p.format, p.block, key=key)
+  if not p.batch_axes:
+    return p.requantize(quant.dequantize(p) + wide(u), key)
 
   # One layer of a stack after the other, in place: all of them at once would
   # be there in float32.

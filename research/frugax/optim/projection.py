@@ -283,11 +283,11 @@ def _storage(dtype, rows, batch_axes):
   neighbours on the side that may be sharded.
   """
   name = jnp.dtype(dtype).name
-  if name not in quant.FORMATS:
+  if name not in quant.AFFINE:
     if not jnp.issubdtype(name, jnp.floating):
       raise ValueError(
         f'projectors cannot be stored as {name}: give a floating-point dtype '
-        f'or one of {", ".join(quant.FORMATS)}'
+        f'or one of {", ".join(quant.AFFINE)}'
       )
     return (lambda p: p.astype(dtype)), (lambda p: p)
   turn = (lambda x: x) if rows else _transpose

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from frugax.quant import Coded, QTensor
+from frugax.quant import Blocks, Coded
 
 
 def state_bytes(
@@ -117,7 +117,7 @@ def state_shardings(
   axes if they divide it; one of another size, such as a rank, gets the mesh
   axes that no other took. So for a kernel (layers, embed, heads, head_dim)
   moments of shape (layers, rank, heads * head_dim) keep the mesh axes of layers
-  and heads, and the rank takes those of embed. The packed codes of a QTensor,
+  and heads, and the rank takes those of embed. The packed codes of Blocks,
   whose items lie flat, are cut by all mesh axes that would cut an item, if they
   divide. A leaf that belongs to no parameter is replicated.
 
@@ -198,7 +198,7 @@ def state_shardings(
 
 
 def _packed(x):
-  return isinstance(x, Coded | QTensor)
+  return isinstance(x, Coded | Blocks)
 
 
 def _coded_spec(x, coded, spec, mesh):

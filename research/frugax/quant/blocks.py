@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from frugax import names
 from frugax.quant import groups
+from frugax.quant.qtensor import QTensor
 from frugax.quant.rounding import random_bits
 
-FORMATS = {'int4': 4, 'int8': 8}  # bits an element
+AFFINE = {'int4': 4, 'int8': 8}  # bits an element
 
 # The zero point lies at most this many steps from the block's values, so that
 # it fits an int16: the step of a nearly constant block is bounded from below.
@@ -19,12 +20,12 @@ _FAR = 2**15 - 2**9
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class QTensor:
-  """An array in few bits: a pytree that jit, scan, vmap and device_put take.
+class Blocks(QTensor):
+  """4 or 8 bits with a step and a zero point for each block.
 
   The elements lie in blocks along the flattened array, the last block being
   shorter if need be. Leading batch axes are axes of all three arrays: slicing
-  or scanning over them gives the QTensor of each item.
+  or scanning over them gives the Blocks of each item.
 
   Attributes:
     data: uint8 (*batch, bytes): one element a byte, or two, the earlier one in
@@ -33,7 +34,7 @@ class QTensor:
     zeros: int16 (*batch, blocks), the code of zero; beyond the codes' range if
       the values of a block have all one sign.
     item_shape: shape of one item, static.
-    format: a name in `FORMATS`, static.
+    format: a name in `AFFINE`, static.
     block: elements a block, static.
   """
 
@@ -45,15 +46,17 @@ class QTensor:
   block: int = dataclasses.field(metadata={'static': True})
 
   @property
-  def shape(self) -> tuple[int, ...]:
-    """Shape of the array that `dequantize` gives."""
-    return (*self.data.shape[:-1], *self.item_shape)
+  def batch_axes(self) -> int:
+    """Number of leading axes over which items are stacked."""
+    return self.data.ndim - 1
 
-  @property
-  def nbytes(self) -> int:
-    """Bytes of all three arrays."""
-    arrays = (self.data, self.scales, self.zeros)
-    return sum(x.size * x.dtype.itemsize for x in arrays)
+  def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    """The array that this stands for, in `dtype`."""
+    return dequantize(self, dtype)
+
+  def requantize(self, x: jax.Array, key: jax.Array | None = None) -> 'Blocks':
+    """Another array of this shape, in the same format."""
+    return quantize(x, self.format, self.block, self.batch_axes, key)
 
 
 def quantize(
@@ -62,7 +65,7 @@ def quantize(
   block: int = 256,
   batch_axes: int = 0,
   key: jax.Array | None = None,
-) -> QTensor:
+) -> Blocks:
   r"""Round to 4 or 8 bits with a step and a zero point for each block.
 
   With :math:`l` and :math:`h` the least and greatest value of a block and
@@ -97,7 +100,7 @@ def quantize(
       same random bits. None rounds to nearest.
 
   Returns:
-    A QTensor; an item of n elements takes n bytes in 8 bits, ceil(n / 2) in 4,
+    Blocks; an item of n elements takes n bytes in 8 bits, ceil(n / 2) in 4,
     and four more for each block.
 
   Raises:
@@ -118,8 +121,8 @@ def quantize(
     Zhang et al., `Q-GaLore: Quantized GaLore with INT4 Projection and
     Layer-Adaptive Low-Rank Gradients <https://arxiv.org/abs/2407.08296>`_, 2024
   """
-  if format not in FORMATS:
-    raise names.unknown('format', format, FORMATS)
+  if format not in AFFINE:
+    raise names.unknown('format', format, AFFINE)
   if block < 1:
     raise ValueError(f'block={block}: give the elements a block, at least 1')
   if not 0 <= batch_axes <= x.ndim:
@@ -129,7 +132,7 @@ def quantize(
   batch, item_shape = x.shape[:batch_axes], x.shape[batch_axes:]
   size = math.prod(item_shape)
   x = x.astype(jnp.float32).reshape(*batch, size)
-  top = 2 ** FORMATS[format] - 1
+  top = 2 ** AFFINE[format] - 1
   steps = top if key is None else top - 1
 
   x = _blocks(x, block, mode='edge')
@@ -151,7 +154,7 @@ def quantize(
     codes = _round_stochastic(codes, key, batch_axes)
   codes = jnp.clip(codes + zeros[..., None], 0, top).astype(jnp.uint8)
   codes = _flat(codes, size)
-  return QTensor(
+  return Blocks(
     data=groups.pack(codes) if format == 'int4' else codes,
     scales=scales,
     zeros=zeros.astype(jnp.int16),
@@ -162,9 +165,9 @@ def quantize(
 
 
 def dequantize(
-  q: QTensor, dtype: jax.typing.DTypeLike = jnp.float32
+  q: Blocks, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> jax.Array:
-  """The array that a QTensor stands for.
+  """The array that Blocks stand for.
 
   Args:
     q: from `quantize`, or a slice of it along batch axes.

@@ -27,9 +27,10 @@ class Element:
     least: exponent below which the numbers stay equally far apart.
     top: the largest number; beyond it everything saturates, infinity too.
     rise: whether the numbers are halves of odd integers, without a zero.
-    dtype: in which codes are multiplied: int8, float8_e4m3fn or float8_e5m2
-      where a code is such a number (of mid-rise numbers, less a half); uint8
-      where it is the sign and the place in the order of magnitudes.
+    dtype: in which codes are multiplied: int8, int16, float8_e4m3fn or
+      float8_e5m2 where a code is such a number (of mid-rise numbers, less a
+      half); uint8 where it is the sign and the place in the order of
+      magnitudes.
 
   Examples:
     >>> element('fp4_e2m1').numbers()
@@ -48,8 +49,15 @@ class Element:
 
   @property
   def stored_bits(self) -> int:
-    """Bits that a packed code takes: 1, 2, 4 or 8."""
+    """Bits that a packed code takes: 1, 2, 4, 8 or 16."""
     return 1 << (self.bits - 1).bit_length()
+
+  @property
+  def top_step(self) -> float:
+    """How far apart the two largest numbers lie (mid-rise: 1)."""
+    if self.top < 2.0 ** (self.least + 1):
+      return 2.0 ** (self.least - self.mantissa)
+    return 2.0 ** (math.frexp(self.top)[1] - 1 - self.mantissa)
 
   def numbers(self) -> list[float]:
     """All numbers that are not negative, in their order."""
@@ -102,8 +110,8 @@ class Element:
       >>> print(element('e2m3').encode(jnp.array([0., .125, 1., -7.5])))
       [ 0  1  8 63]
     """
-    if self.dtype == 'int8':
-      return (x - 0.5 if self.rise else x).astype(jnp.int8)
+    if self.dtype in ('int8', 'int16'):
+      return (x - 0.5 if self.rise else x).astype(self.dtype)
     if self.dtype != 'uint8':
       return x.astype(self.dtype)
     size = jnp.abs(x)
@@ -138,14 +146,14 @@ class Element:
       >>> print(packed, int4.unpack(packed, 3))
       [121   1] [-7  7  1]
     """
-    if self.stored_bits == 8:
+    if self.stored_bits >= 8:
       return codes
     mask = jnp.uint8(2**self.stored_bits - 1)
     return pack(codes.astype(jnp.uint8) & mask, self.stored_bits)
 
   def unpack(self, packed: jax.Array, size: int) -> jax.Array:
     """The inverse of `pack`, for a last axis of this size."""
-    if self.stored_bits == 8:
+    if self.stored_bits >= 8:
       return packed
     codes = unpack(packed, self.stored_bits, size)
     if self.dtype == 'uint8':
@@ -198,7 +206,7 @@ def unpack(packed: jax.Array, bits: int, size: int) -> jax.Array:
 def element(name: str) -> Element:
   """The format of a name.
 
-  - 'int2' to 'int8': -n to n with n = 2^(bits-1) - 1;
+  - 'int2' to 'int8' and 'int16': -n to n with n = 2^(bits-1) - 1;
   - 'ternary': -1, 0, 1;
   - 'rise1' to 'rise8': the 2^bits numbers -1/2, 1/2, -3/2, 3/2 ...;
   - 'e{E}m{M}' with E + M < 8: sign, exponent and mantissa, subnormal numbers,
@@ -237,7 +245,8 @@ def element(name: str) -> Element:
 
 def _integer(name, bits):
   top = 2.0 ** (bits - 1) - 1
-  return Element(name, bits, bits - 1, bits - 1, top, dtype='int8')
+  dtype = 'int8' if bits <= 8 else 'int16'
+  return Element(name, bits, bits - 1, bits - 1, top, dtype=dtype)
 
 
 def _rise(bits):
@@ -254,7 +263,7 @@ def _float(name, exponent, mantissa, top=None, dtype='uint8'):
 
 
 def _all():
-  yield from (_integer(f'int{bits}', bits) for bits in range(2, 9))
+  yield from (_integer(f'int{bits}', bits) for bits in (*range(2, 9), 16))
   yield _integer('ternary', 2)
   yield from (_rise(bits) for bits in range(1, 9))
   for exponent in range(1, 8):

@@ -1,9 +1,10 @@
-r"""4-bit values simulated in floating point, as Stable-SPAM's runs had them.
+r"""Few bits simulated in floating point, as published experiments had them.
 
-Each function rounds the groups of `block` neighbours along the flattened array,
-the last group being shorter if need be, and gives an array like its argument:
-nothing is packed. These are the formats of a published experiment, kept as its
-released code computes them; `quantize` is the one to store arrays with.
+The 4-bit functions are those of Stable-SPAM's runs, kept as the released code
+computes them. Each rounds the groups of `block` neighbours along the flattened
+array, the last group being shorter if need be. `truncate` cuts off bits of
+bfloat16. All give an array like their argument: nothing is packed; `quantize`
+is the one to store arrays with.
 
 References:
   Huang et al., `Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam
@@ -100,6 +101,53 @@ def int4_min_max(x: jax.Array, block: int = 256) -> jax.Array:
     return step * (jnp.clip(jnp.round(x / step) + zero, 0, 15) - zero)
 
   return _by_groups(x, block, 'edge', group)
+
+
+def truncate(x: jax.Array, exponent: int = 8, mantissa: int = 7) -> jax.Array:
+  r"""Cut bits off a bfloat16, whose exponent has 8 and whose mantissa has 7.
+
+  Mantissa bits are masked, so numbers go towards zero, to the next one of the
+  shorter mantissa: without a scale, and with a bias. Of a shorter exponent, of
+  :math:`E` bits around the same middle, the magnitudes from
+  :math:`2^{2 - 2^{E-1}}` to below :math:`2^{2^{E-1}}` remain: smaller ones
+  become zero and larger ones, infinity among them, the largest. NaN stays.
+
+  Args:
+    x: a floating-point array; rounded to the nearest bfloat16 first.
+    exponent: bits of the exponent, 2 to 8.
+    mantissa: bits of the mantissa, 0 to 7.
+
+  Returns:
+    An array of the shape and dtype of `x`.
+
+  Raises:
+    ValueError: a number of bits that a bfloat16 has not.
+
+  Examples:
+    >>> print(truncate(jnp.array([1.99, -1.3, 3.]), mantissa=1))
+    [ 1.5 -1.   3. ]
+    >>> print(truncate(jnp.array([100., 0.01, 3.]), exponent=4))
+    [100.   0.   3.]
+
+  References:
+    Lee et al., `To FP8 and Back Again: Quantifying the Effects of Reducing
+    Precision on LLM Training Stability <https://arxiv.org/abs/2405.18710>`_,
+    2024
+  """
+  if not (2 <= exponent <= 8 and 0 <= mantissa <= 7):
+    raise ValueError(
+      f'exponent={exponent}, mantissa={mantissa}: a bfloat16 has 8 and 7 bits; '
+      'give 2 to 8 and 0 to 7'
+    )
+  bits = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+  bits = bits & jnp.uint16(0xFFFF << 7 - mantissa & 0xFFFF)
+  y = jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32)
+  middle = 2 ** (exponent - 1) - 1
+  largest = 2.0**middle * (2 - 2.0**-mantissa)
+  y = jnp.where(jnp.abs(y) < 2.0 ** (1 - middle), 0, y)
+  y = jnp.clip(y, -largest, largest)
+  # A NaN whose payload is cut off would have become infinity.
+  return jnp.where(jnp.isnan(x), x, y.astype(x.dtype))
 
 
 def _beside_outliers(x, block, floor, steps):

@@ -9,6 +9,7 @@ import numpy as np
 
 from frugax import names
 from frugax.quant import elements
+from frugax.quant.qtensor import QTensor
 from frugax.quant.rounding import random_bits
 
 STATISTICS = ('absmax', 'rms', 'mean', 'median')
@@ -49,6 +50,9 @@ class Scaling:
       for the matrix, as NVFP4 has it.
     stretch: s is this much larger once it has been rounded: 4/3 makes room for
       what 'ocp' saturates in E2M1.
+    gain: the numbers that come back are this much larger than those that were
+      rounded to, which makes up for what rounding to nearest takes away from
+      their product with what was rounded.
 
   Raises:
     ValueError: an unknown name, or a tile that is empty or has no median.
@@ -61,6 +65,7 @@ class Scaling:
   floor: float = 0.0
   scale: str = 'float32'
   stretch: float = 1.0
+  gain: float = 1.0
 
   def __post_init__(self):
     if self.statistic not in STATISTICS:
@@ -79,8 +84,8 @@ class Scaling:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Tiled:
-  """Matrices in few bits: a pytree that jit, scan, vmap and device_put take.
+class Tiled(QTensor):
+  """Matrices in few bits, with a scale for each tile.
 
   Leading batch axes are axes of all arrays: slicing them gives the items'.
 
@@ -103,19 +108,17 @@ class Tiled:
   scaling: Scaling = dataclasses.field(metadata={'static': True})
 
   @property
-  def shape(self) -> tuple[int, ...]:
-    """Shape of the array that `dequantize_tiles` gives."""
-    return (*self.data.shape[: self._batch], *self.item_shape)
-
-  @property
-  def nbytes(self) -> int:
-    """Bytes of all arrays."""
-    arrays = (self.data, self.scales, self.tensor)
-    return sum(x.size * x.dtype.itemsize for x in arrays if x is not None)
-
-  @property
-  def _batch(self):
+  def batch_axes(self) -> int:
+    """Number of leading axes over which matrices are stacked."""
     return self.data.ndim - len(self.item_shape)
+
+  def dequantize(self, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    """The array that this stands for, in `dtype`."""
+    return dequantize_tiles(self, dtype)
+
+  def requantize(self, x: jax.Array, key: jax.Array | None = None) -> 'Tiled':
+    """Another array of this shape, in the same format."""
+    return quantize_tiles(x, self.format, self.scaling, self.batch_axes, key)
 
   def codes(self) -> jax.Array:
     """The codes without packing, in the format's dtype."""
@@ -133,7 +136,8 @@ class Tiled:
     s = _stored(self.scales)
     if self.tensor is not None:
       s = s * self.tensor
-    return s * self.scaling.stretch if self.scaling.stretch != 1 else s
+    factor = self.scaling.stretch * self.scaling.gain
+    return s * factor if factor != 1 else s
 
 
 def quantize_tiles(
@@ -235,7 +239,7 @@ def dequantize_tiles(
 
 def spread_steps(q: Tiled) -> jax.Array:
   """The scale of each element, in float32; broadcasts to `q.shape`."""
-  view = _View(q.scaling.tile, q.shape, q._batch)
+  view = _View(q.scaling.tile, q.shape, q.batch_axes)
   return view.spread(q.steps())
 
 
@@ -263,14 +267,9 @@ def within(x: jax.Array, q: Tiled, margin: float = 0.0) -> jax.Array:
     Activations <https://arxiv.org/abs/2502.05003>`_, 2025
   """
   element = elements.element(q.format)
-  step = 1.0
-  if element.top >= 2.0 ** (element.least + 1):
-    step = 2.0 ** (math.frexp(element.top)[1] - 1 - element.mantissa)
-  elif not element.rise:
-    step = 2.0 ** (element.least - element.mantissa)
-  bound = element.top + margin * step
+  bound = element.top + margin * element.top_step
   # Half a unit in the last place or so, as x / s is rounded.
-  bound *= 1 + 2.0**-22
+  bound *= (1 + 2.0**-22) / q.scaling.gain
   return jnp.abs(x.astype(jnp.float32)) <= spread_steps(q) * bound
 
 

@@ -53,12 +53,19 @@ _WITH_HEAD = ('adam_sn', 'adamw_sn', 'adagrad_sn', 'snsm')
 
 # Low-bit recipes for the linears of the layers: see frugax.lowbit.recipe.
 _LOW_BIT = (
-  *('int8', 'int4', 'fp8', 'fp8_block', 'mxfp8', 'mxfp4', 'nvfp4'),
-  *('quest', 'quest_fp4', 'b1.58', 'b1.58_median', 'trilm'),
-  *(f'quest{n}{x}' for n in range(1, 9) for x in ('', '_weights', '_plain')),
+  *('int8', 'int4', 'int16', 'fp8', 'fp8_block', 'coat', 'jetfire', 'w8'),
+  *('mxfp8', 'mxfp4', 'mxfp4_nearest', 'nvfp4'),
+  *('quest', 'quest_fp4', 'quest_fp4_sparse', 'b1.58', 'b1.58_median', 'trilm'),
+  *(
+    f'quest{n}{x}'
+    for n in (1, 1.58, *range(2, 9))
+    for x in ('', '_weights', '_plain')
+  ),
   *(f'halo{n}{x}' for n in range(3) for x in ('', '_fp8', '_fp6')),
   *('stable_spam_int4', 'stable_spam_fp4', 'int4_sim', 'fp4_sim'),
   *(f'e{e}m{m}' for e in range(1, 8) for m in range(8 - e)),
+  *(f'masked_e8m{m}' for m in range(7)),
+  *(f'masked_e{e}m7' for e in range(4, 8)),
 )
 
 
@@ -89,7 +96,9 @@ def get_config(arg=None):
   c.z_loss = 0.0
   c.compat_eval = False  # also log the published harness's N/(N+1) value
   c.skip_nonfinite = False  # leave out steps whose loss is not finite
-  c.rounding = 'nearest'  # of weights in bfloat16; or stochastic
+  # Of weights in bfloat16 or int8: nearest, which loses small updates, or
+  # stochastic.
+  c.rounding = 'stochastic' if args.matmul == 'w8' else 'nearest'
 
   c.model = ConfigDict()  # open: any field of LlamaConfig
   c.model.size = args.size

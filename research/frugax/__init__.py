@@ -8,7 +8,16 @@ import importlib
 
 __version__ = '0.1.0'
 
-__all__ = ['config', 'kernels', 'models', 'optim', 'quant', 'report', 'train']
+__all__ = [
+  'config',
+  'kernels',
+  'lowbit',
+  'models',
+  'optim',
+  'quant',
+  'report',
+  'train',
+]
 
 
 def __getattr__(name):

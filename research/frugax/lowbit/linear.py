@@ -1,7 +1,7 @@
 """Linear layers in few bits: a product and both gradients, as a recipe says."""
 
+import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from frugax.lowbit import multiply
-from frugax.lowbit.operands import SIMULATED, Operand, Recipe, Rotation
-from frugax.quant import elements, hadamard, quantize_tiles
-from frugax.quant.tiles import Tiled, dequantize_tiles, within
-
-_LARGEST = 2.0**100
+from frugax.lowbit import matrices, multiply
+from frugax.lowbit.keys import operand_keys
+from frugax.lowbit.operands import Recipe
+from frugax.quant import elements
+from frugax.quant.tiles import Tiled
 
 
 def dot_general(
@@ -61,7 +60,7 @@ def dot_general(
     [[64.]
      [64.]]
   """
-  if recipe == Recipe():
+  if dataclasses.replace(recipe, weights='none', flow='none') == Recipe():
     return lax.dot_general
 
   def dot(
@@ -88,7 +87,9 @@ def dot_general(
     layer = _Layer(
       recipe, len(lb), dtype, native, precision, preferred_element_type
     )
-    return _linear(layer, _view(lhs, lb, lc), _view(rhs, rb, rc), key)
+    return _linear(
+      layer, matrices.view(lhs, lb, lc), matrices.view(rhs, rb, rc), key
+    )
 
   return dot
 
@@ -109,15 +110,6 @@ class _Layer(NamedTuple):
     )
 
 
-def _view(x, batch, contracted):
-  """(*batch, *rows, columns), the columns being all contracted axes."""
-  batch, contracted = tuple(batch), tuple(contracted)
-  rows = [i for i in range(x.ndim) if i not in (*batch, *contracted)]
-  x = x.transpose(*batch, *rows, *contracted)
-  kept = len(batch) + len(rows)
-  return x.reshape(*x.shape[:kept], math.prod(x.shape[kept:]))
-
-
 # Of views alone: transposes and reshapes around it differentiate themselves.
 # x is (*batch, *rows, columns), w (*batch, *units, columns), and the result
 # (*batch, *rows, *units).
@@ -128,10 +120,11 @@ def _linear(layer, x, w, key):
 
 def _forward(layer, x, w, key):
   product = layer.recipe.forward
-  keys = _keys(key, 0, x, w)
+  keys = operand_keys(key, 0, x, w)
   left, left_mask = _rounded(layer, product, 'left', x, keys[0])
   right, _ = _rounded(layer, product, 'right', w, keys[1])
   y = layer.multiply(left, right)
+  y = _result(layer, product, 3, y, key)
   return y.astype(layer.preferred or layer.dtype), _residuals(
     layer, x, w, key, left, left_mask
   )
@@ -167,10 +160,10 @@ def _backward(layer, residuals, g):
   else:
     coded, shape, dtype = None, kept.shape, kept.dtype
     forward_x, mask = _rounded(
-      layer, recipe.forward, 'left', kept, _keys(key, 0, kept, w)[0]
+      layer, recipe.forward, 'left', kept, operand_keys(key, 0, kept, w)[0]
     )
   forward_w, w_mask = _rounded(
-    layer, recipe.forward, 'right', w, _keys(key, 0, w, w)[1]
+    layer, recipe.forward, 'right', w, operand_keys(key, 0, w, w)[1]
   )
   g = g.astype(layer.dtype)
   rows = len(shape) - 1  # axes of g before the units
@@ -178,45 +171,51 @@ def _backward(layer, residuals, g):
   # Of x: g (*batch, *rows, units) by w (*batch, columns, units).
   product = recipe.input_grad
   own, rotation = product.right.source == 'array', product.rotation
-  left = _merge(g, rows)
+  left = matrices.merge(g, rows)
   along_rows = rotation is not None and rotation.along == 'rows'
   if along_rows:
-    left = _merge(left, batch, -1)
-  key_g, key_w = _keys(key, 1, left, w)
+    left = matrices.merge(left, batch, -1)
+  key_g, key_w = operand_keys(key, 1, left, w)
   signs = key_g if rotation and rotation.signs == 'fresh' else None
   if along_rows:
-    left = _rotate(left, rotation, signs, axis=-2)
-  left, _ = _operand(layer, product.left, _turned(left, rotation, signs), key_g)
-  right = w if own else _array(forward_w, w.dtype)
+    left = matrices.rotate(left, rotation, signs, axis=-2)
+  left, _ = matrices.rounded(
+    product.left, matrices.turned(left, rotation, signs), layer.batch, key_g
+  )
+  right = w if own else matrices.as_array(forward_w, w.dtype)
   right = jnp.moveaxis(right, -1, batch)
-  right = _turned(_merge(right, batch + 1), rotation, signs)
-  right, _ = _operand(layer, product.right, right, key_w)
+  right = matrices.turned(matrices.merge(right, batch + 1), rotation, signs)
+  right, _ = matrices.rounded(product.right, right, layer.batch, key_w)
   dx = layer.multiply(left, right)
   if along_rows:
-    dx = _rotate(dx, rotation, signs, axis=-2, inverse=True)
+    dx = matrices.rotate(dx, rotation, signs, axis=-2, inverse=True)
   dx = _unturned(recipe.forward.rotation, dx.reshape(shape), mask, own)
+  dx = _result(layer, product, 4, dx, key)
 
   # Of w: g (*batch, *units, rows) by x (*batch, columns, rows).
   product = recipe.weight_grad
   own = product.right.source == 'array'
-  left = _tokens_last(g, batch, rows)
-  key_g, _ = _keys(key, 2, left, left)
+  left = matrices.tokens_last(g, batch, rows)
+  key_g, _ = operand_keys(key, 2, left, left)
   signs = None
   if product.rotation and product.rotation.signs == 'fresh':
     signs = key_g
-  left = _turned(left, product.rotation, signs)
-  left, _ = _operand(layer, product.left, left, key_g)
+  left = matrices.turned(left, product.rotation, signs)
+  left, _ = matrices.rounded(product.left, left, layer.batch, key_g)
   if own and coded is not None:
     right = coded
   elif own:
     right = _weight_grad_right(layer, kept, signs, key)
   else:
-    right = _array(forward_x, dtype)
-    right = _tokens_last_of_x(right, batch)
-    right = _turned(right, product.rotation, signs)
-    right, _ = _operand(layer, product.right, right, _keys(key, 2, w, w)[1])
+    right = matrices.as_array(forward_x, dtype)
+    right = matrices.columns_first(right, batch)
+    right = matrices.turned(right, product.rotation, signs)
+    right, _ = matrices.rounded(
+      product.right, right, layer.batch, operand_keys(key, 2, w, w)[1]
+    )
   dw = layer.multiply(left, right)
   dw = _unturned(recipe.forward.rotation, dw.reshape(w.shape), w_mask, own)
+  dw = _result(layer, product, 5, dw, key)
   return dx.astype(dtype), dw.astype(w.dtype), None
 
 
@@ -226,68 +225,26 @@ _linear.defvjp(_forward, _backward)
 def _weight_grad_right(layer, x, signs, key):
   """The activations as the gradient of the weights multiplies them."""
   product = layer.recipe.weight_grad
-  right = _tokens_last_of_x(x, layer.batch)
-  key = _keys(key, 2, right, right)[1]
-  right = _turned(right, product.rotation, signs)
-  return _operand(layer, product.right, right, key)[0]
-
-
-def _tokens_last_of_x(x, batch):
-  """(*batch, *rows, columns) to (*batch, columns, rows)."""
-  return _merge(jnp.moveaxis(x, -1, batch), batch + 1)
-
-
-def _tokens_last(g, batch, rows):
-  """(*batch, *rows, *units) to (*batch, *units, rows)."""
-  n = g.ndim
-  order = (*range(batch), *range(rows, n), *range(batch, rows))
-  return _merge(g.transpose(order), batch + n - rows)
-
-
-def _merge(x, start, stop=None):
-  """The axes from start to stop as one."""
-  stop = x.ndim if stop is None else stop % x.ndim
-  size = math.prod(x.shape[start:stop])
-  return x.reshape(*x.shape[:start], size, *x.shape[stop:])
+  right = matrices.columns_first(x, layer.batch)
+  key = operand_keys(key, 2, right, right)[1]
+  right = matrices.turned(right, product.rotation, signs)
+  return matrices.rounded(product.right, right, layer.batch, key)[0]
 
 
 def _rounded(layer, product, side, x, key):
   """An operand of the forward product, and its mask."""
-  x = _turned(x, product.rotation, None)
-  return _operand(layer, getattr(product, side), x, key)
+  x = matrices.turned(x, product.rotation, None)
+  return matrices.rounded(getattr(product, side), x, layer.batch, key)
 
 
-def _operand(layer, operand: Operand, x, key):
-  """The operand as a Tiled, or an array, and its mask or None."""
-  if operand.format is None:
-    return x, None
-  scaling = operand.scaling
-  if operand.format in SIMULATED:
-    return SIMULATED[operand.format](x, scaling.tile[1]), None
-  key = key if operand.stochastic else None
-  q = quantize_tiles(x, operand.format, scaling, layer.batch, key)
-  if operand.mask == 'none':
-    return q, None
-  return q, within(x, q, 0.0 if operand.mask == 'clip' else 0.5)
-
-
-def _array(x, dtype):
-  return dequantize_tiles(x, dtype) if isinstance(x, Tiled) else x
-
-
-def _turned(x, rotation: Rotation | None, signs):
-  """Rotated along the columns, if that is what the rotation is of."""
-  if rotation is None or rotation.along != 'contracted':
-    return x
-  return _rotate(x, rotation, signs)
-
-
-def _rotate(x, rotation, signs, axis=-1, inverse=False):
-  """In float32. Sums of infinities of both signs would be NaN."""
-  x = jnp.clip(x.astype(jnp.float32), -_LARGEST, _LARGEST)
-  if rotation.signs == 'fixed':
-    signs = jax.random.key(0, impl='threefry2x32')
-  return hadamard(x, axis, rotation.block, signs, inverse)
+def _result(layer, product, index, y, key):
+  """What a product gives, rounded if the recipe says so."""
+  if product.result.format is None:
+    return y
+  key = operand_keys(key, index, y, y)[0] if product.result.stochastic else None
+  return matrices.as_array(
+    matrices.rounded(product.result, y, layer.batch, key)[0], y.dtype
+  )
 
 
 def _unturned(rotation, x, mask, own):
@@ -299,27 +256,7 @@ def _unturned(rotation, x, mask, own):
   if rotation is None or (own and mask is None):
     return x if mask is None else jnp.where(mask, x, 0)
   if own:
-    x = _rotate(x, rotation, None)
+    x = matrices.rotate(x, rotation, None)
   if mask is not None:
     x = jnp.where(mask, x, 0)
-  return _rotate(x, rotation, None, inverse=True)
-
-
-def _keys(key, product, left, right):
-  """One key for each operand of a product."""
-  out = []
-  for i, x in enumerate((left, right)):
-    k = _content_key(x) if key is None else key
-    out.append(jax.random.fold_in(k, 2 * product + i))
-  return out
-
-
-def _content_key(x):
-  """A key from the bits of an array.
-
-  Sums of integers, which do not depend on the order and so not on the mesh.
-  """
-  bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-  mixed = (bits ^ bits >> 15) * jnp.uint32(0x85EBCA6B)
-  words = jnp.stack([bits.sum(), (mixed ^ mixed >> 13).sum()])
-  return jax.random.wrap_key_data(words, impl='threefry2x32')
+  return matrices.rotate(x, rotation, None, inverse=True)

@@ -35,7 +35,8 @@ def rows_by_rows(
     left: (*batch, *rows, columns).
     right: (*batch, *other rows, columns).
     batch_axes: number of axes over which the matrices are stacked.
-    dtype: of rounded operands in floating-point products.
+    dtype: of rounded operands in floating-point products; float32 where one has
+      16 bits.
     native: see `frugax.lowbit.dot_general`.
     precision: of floating-point products.
 
@@ -50,6 +51,9 @@ def rows_by_rows(
     [[  64.5 -254. ]
      [  61.5 16145. ]]
   """
+  if any(isinstance(x, Tiled) and _wide(x) for x in (left, right)):
+    # Numbers that bfloat16 cannot hold, even where the layer's dtype is that.
+    dtype, precision = jnp.float32, lax.Precision.HIGHEST
   if isinstance(left, Tiled) and isinstance(right, Tiled):
     kinds = {_kind(left), _kind(right)}
   else:
@@ -98,7 +102,11 @@ def _kind(q):
   if columns is not None or rows not in (1, None):
     return None
   dtype = elements.element(q.format).dtype
-  return {'int8': 'int8', 'uint8': None}.get(dtype, 'float8')
+  return {'int8': 'int8', 'uint8': None, 'int16': None}.get(dtype, 'float8')
+
+
+def _wide(q):
+  return elements.element(q.format).bits > 8
 
 
 def _shift(q):

@@ -1,16 +1,28 @@
 """What a recipe is: the three products of a linear layer and their operands."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
 
 from frugax import names
-from frugax.quant import ELEMENTS, Scaling, simulated
+from frugax.quant import AFFINE, ELEMENTS, Scaling, simulated
 
 SIMULATED = {
   'fp4_e1m2': simulated.fp4_e1m2,
   'int4_min_max': simulated.int4_min_max,
   'int4_absmax': simulated.int4_absmax,
 }
-FORMATS = (*ELEMENTS, *SIMULATED)
+# What remains of a bfloat16 when bits are cut off its mantissa or its exponent.
+MASKED = {
+  f'masked_e{e}m{m}': functools.partial(
+    simulated.truncate, exponent=e, mantissa=m
+  )
+  for e, m in [(8, m) for m in range(7)] + [(e, 7) for e in range(4, 8)]
+}
+FORMATS = (*ELEMENTS, *SIMULATED, *MASKED)
+KEEPS = ('all', '2:4')
 MASKS = ('none', 'clip', 'trust')
 SOURCES = ('array', 'forward')
 SIGNS = ('none', 'fixed', 'fresh')
@@ -35,9 +47,13 @@ class Operand:
       the error is at most half a step.
     source: of the right operand of a gradient: 'array' rounds the array that
       the layer was given, 'forward' what the forward product made of it.
+    keep: 'all', or '2:4': of four neighbouring pairs along the contracted axis
+      the two of the greatest norm stay, and the others become zero. With the
+      mask 'trust' the gradient passes where these were small, too.
 
   Raises:
-    ValueError: an unknown name, or a mask without a format that has a range.
+    ValueError: an unknown name, or a mask without a format that has a range, or
+      zeros in a format without a zero.
   """
 
   format: str | None = None
@@ -45,6 +61,7 @@ class Operand:
   stochastic: bool = False
   mask: str = 'none'
   source: str = 'array'
+  keep: str = 'all'
 
   def __post_init__(self):
     if self.format is not None and self.format not in FORMATS:
@@ -53,7 +70,15 @@ class Operand:
       raise names.unknown('mask', self.mask, MASKS)
     if self.source not in SOURCES:
       raise names.unknown('source', self.source, SOURCES)
-    if self.mask != 'none' and self.format not in ELEMENTS:
+    if self.keep not in KEEPS:
+      raise names.unknown('keep', self.keep, KEEPS)
+    element = ELEMENTS.get(self.format)
+    if self.keep != 'all' and (element is None or element.rise):
+      raise ValueError(
+        f'keep={self.keep!r} of format={self.format!r}: give a format of '
+        'frugax.quant.ELEMENTS that has a zero'
+      )
+    if self.mask != 'none' and element is None:
       raise ValueError(
         f'mask={self.mask!r} of format={self.format!r}: give a format of '
         'frugax.quant.ELEMENTS, which have a range'
@@ -63,8 +88,17 @@ class Operand:
         f'{self.format} with tile={self.scaling.tile}: give the elements of a '
         'group, as in Scaling((1, 256))'
       )
-    if self.format in SIMULATED and self.stochastic:
+    if self.simulated and self.stochastic:
       raise ValueError(f'{self.format} rounds to nearest alone')
+
+  @property
+  def simulated(self) -> Callable[[jax.Array], jax.Array] | None:
+    """The function that rounds an array, if the format is no element's."""
+    if self.format in SIMULATED:
+      return functools.partial(
+        SIMULATED[self.format], block=self.scaling.tile[1]
+      )
+    return MASKED.get(self.format)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +141,25 @@ class Product:
     right: of the forward product and the input's gradient the weights, of the
       weights' gradient the activations.
     rotation: None for none.
+    result: how the result is rounded in its turn, its last axis being the
+      columns; gradients pass straight through.
+
+  Raises:
+    ValueError: a result with a mask, a source or zeros put in.
   """
 
   left: Operand = Operand()
   right: Operand = Operand()
   rotation: Rotation | None = None
+  result: Operand = Operand()
+
+  def __post_init__(self):
+    r = self.result
+    if (r.mask, r.source, r.keep) != ('none', 'array', 'all'):
+      raise ValueError(
+        f'{r} as the result of a product: it has a format, a scaling and a '
+        'rounding alone'
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +182,10 @@ class Recipe:
       keeps the rounded operand of the weights' gradient, in its bits; 'arrays'
       keeps the activations, and rounds them in the backward pass. The numbers
       are the same.
+    weights: in which format of `frugax.quant.AFFINE` the weights are stored
+      and trained, see `frugax.lowbit.store_weights`; 'none' for arrays.
+    flow: what norms and activation functions between such layers do to their
+      inputs, a name in `frugax.lowbit.FLOWS`.
 
   Raises:
     ValueError: an unknown name, or a field that has no meaning where it stands.
@@ -143,8 +195,12 @@ class Recipe:
   input_grad: Product = Product()
   weight_grad: Product = Product()
   residuals: str = 'codes'
+  weights: str = 'none'
+  flow: str = 'none'
 
   def __post_init__(self):
+    if self.weights not in ('none', *AFFINE):
+      raise names.unknown('format of weights', self.weights, ('none', *AFFINE))
     if self.residuals not in RESIDUALS:
       raise names.unknown('residuals', self.residuals, RESIDUALS)
     first = (self.forward.left, self.forward.right)

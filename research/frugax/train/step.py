@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from frugax import optim
+from frugax import lowbit, optim
 from frugax.models import llama
 from frugax.train import mesh as fx_mesh
 from frugax.train import optimizer as fx_optimizer
@@ -35,7 +35,8 @@ def init_state(model, tx, key: jax.Array) -> TrainState:
   init_key, key = jax.random.split(key)
   params = model.init(init_key)
   zero = jnp.zeros([], jnp.int32)
-  return TrainState(zero, params, tx.init(params), key, zero)
+  opt_state = tx.init(lowbit.load_weights(params))
+  return TrainState(zero, params, opt_state, key, zero)
 
 
 def token_losses(
@@ -90,6 +91,7 @@ def make_train_step(
 
   Args:
     model: has `apply(params, tokens, segment_ids=, positions=) -> logits`.
+      Parameters that are stored in few bits stay so: the optimizer sees arrays.
     tx: any optax transformation; it is offered `value` (the loss) and `key`.
     schedule: step -> learning rate, for the metrics only.
     accumulation: number of micro-batches; divides the batch.
@@ -112,16 +114,17 @@ def make_train_step(
   """
   tx = optax.with_extra_args_support(tx)
 
-  def loss_fn(params, batch, n_tokens):
+  def loss_fn(values, stored, batch, n_tokens):
+    params = lowbit.attach(stored, values)
     nll, lse, _ = token_losses(_forward(model, params, batch), batch['labels'])
     loss = jnp.sum(nll) / n_tokens
     return loss + z_loss * jnp.sum(jnp.square(lse)) / n_tokens, loss
 
   grad_fn = jax.grad(loss_fn, has_aux=True)
 
-  def gradient(params, batch, n_tokens):
+  def gradient(params, stored, batch, n_tokens):
     if accumulation == 1:
-      return grad_fn(params, batch, n_tokens)
+      return grad_fn(params, stored, batch, n_tokens)
     rows = batch['tokens'].shape[0]
     if rows % accumulation:
       raise ValueError(
@@ -135,7 +138,7 @@ def make_train_step(
       return jnp.moveaxis(x, 1, 0)
 
     def body(total, micro):
-      grads, loss = grad_fn(params, micro, n_tokens)
+      grads, loss = grad_fn(params, stored, micro, n_tokens)
       return jax.tree.map(jnp.add, total, (grads, loss)), None
 
     # Sums in float32 even for bfloat16 parameters.
@@ -148,14 +151,15 @@ def make_train_step(
   def train_step(state: TrainState, batch: Batch):
     tokens = jnp.sum(batch['labels'] >= 0)
     n_tokens = jnp.maximum(tokens, 1).astype(jnp.float32)
-    grads, loss = gradient(state.params, batch, n_tokens)
+    values = lowbit.load_weights(state.params)
+    grads, loss = gradient(values, state.params, batch, n_tokens)
     grad_norm = _norm(grads)
     if clip_norm:
       factor = jnp.minimum(1.0, clip_norm / jnp.maximum(grad_norm, 1e-30))
       grads = jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)
     key = jax.random.fold_in(state.key, state.step)
     updates, opt_state = tx.update(
-      grads, state.opt_state, state.params, value=loss, key=key
+      grads, state.opt_state, values, value=loss, key=key
     )
     params = optim.apply_updates(state.params, updates, key, rounding)
     update_norm = _norm(updates)
@@ -173,7 +177,7 @@ def make_train_step(
       'tokens': tokens,
       'grad_norm': grad_norm,
       'update_norm': update_norm,
-      'param_norm': _norm(params),
+      'param_norm': _norm(lowbit.load_weights(params)),
       'skipped': skipped,
       **optim.counts(opt_state),
     }
@@ -223,7 +227,7 @@ class Program:
     layout: the mesh and its rules.
     model: the model.
     tx: the optimizer.
-    shapes: the parameters' ShapeDtypeStructs.
+    shapes: the parameters' ShapeDtypeStructs, as the optimizer sees them.
     shardings: a `TrainState` of shardings.
     init: key -> TrainState, jitted.
     train_step: (state, batch) -> (state, metrics), jitted; donates the state.
@@ -302,13 +306,14 @@ def build(config, devices: Sequence[jax.Device] | None = None) -> Program:
   model = llama.Llama(
     llama.config(fields.pop('size'), **fields), constrain=layout.constrain
   )
-  shapes = jax.eval_shape(model.init, jax.random.PRNGKey(0))
+  stored = jax.eval_shape(model.init, jax.random.PRNGKey(0))
+  shapes = jax.eval_shape(lowbit.load_weights, stored)
   tx, schedule = fx_optimizer.make_optimizer(config, shapes, model.axes())
   params = layout.tree(model.axes(), shapes)
   whole = layout.replicated()
   shardings = TrainState(
     step=whole,
-    params=params,
+    params=optim.state_shardings(stored, shapes, params),
     opt_state=optim.state_shardings(tx, shapes, params),
     key=whole,
     skipped=whole,

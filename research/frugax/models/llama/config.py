@@ -52,6 +52,8 @@ class LlamaConfig:
     matmul_exempt: how many of the first and of the last layers are computed in
       `dtype` whatever the recipe; both ends of many published recipes are.
     matmul_head: recipe of the head.
+    activations: what norms and the activation function keep for their backward
+      pass, a name in `frugax.lowbit.FLOWS`; 'recipe' is what `matmul` says.
     max_positions: context length written into a Hugging Face `config.json`;
       the model itself has no limit.
 
@@ -95,6 +97,7 @@ class LlamaConfig:
   matmul_rules: tuple[tuple[str, str], ...] = ()
   matmul_exempt: tuple[int, int] = (0, 0)
   matmul_head: str = 'none'
+  activations: str = 'recipe'
   max_positions: int = 2048
 
   def __post_init__(self):
@@ -150,6 +153,12 @@ class LlamaConfig:
         ) from error
     for name in (self.matmul, self.matmul_head, *(name for _, name in rules)):
       lowbit.recipe(name)  # raises where there is none
+    lowbit.flow(self.flow)  # as well
+    if lowbit.recipe(self.matmul_head).weights != 'none':
+      raise ValueError(
+        f'matmul_head={self.matmul_head!r} stores weights in few bits, which '
+        'the head cannot do: give it another recipe'
+      )
 
   def recipe_of(self, path: str) -> str:
     """The name of the recipe of a linear, by its path ('mlp/down')."""
@@ -157,6 +166,20 @@ class LlamaConfig:
       if re.search(pattern, path):
         return name
     return self.matmul
+
+  def stored_format(self, path: str) -> str:
+    """How a parameter of the layers is stored ('mlp/down/kernel')."""
+    linear, _, leaf = path.rpartition('/')
+    if leaf != 'kernel':
+      return 'none'
+    return lowbit.recipe(self.recipe_of(linear)).weights
+
+  @property
+  def flow(self) -> str:
+    """The name of what norms and the activation function do."""
+    if self.activations != 'recipe':
+      return self.activations
+    return lowbit.recipe(self.matmul).flow
 
   @property
   def d_head(self) -> int:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from frugax import names
+from frugax import lowbit, names
 from frugax.models.llama import hf_layout as layout
 from frugax.models.llama import model
 from frugax.models.llama.config import LlamaConfig
@@ -266,7 +266,8 @@ def to_hf(
     path: the folder to make; it must not exist, or be empty.
     config: the model.
     params: as from `Llama.init`, sharded or not, in `config.param_dtype`; every
-      shard must be addressable from this process.
+      shard must be addressable from this process. Weights that are stored in
+      few bits are written as arrays.
     max_shard_bytes: the tensors of one file take at most this much; a tensor
       larger than that gets a file of its own.
 
@@ -278,7 +279,7 @@ def to_hf(
   path = pathlib.Path(path)
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise ValueError(f'{path} exists and is not empty: choose another folder.')
-  leaves = layout.flat(params)
+  leaves = layout.flat(lowbit.load_weights(params))
   _check_params(layout.flat(model.shapes(config)), leaves)
   files = _plan(leaves, max_shard_bytes)
   path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from frugax import lowbit
+from frugax.models.llama.axes import axes
 from frugax.models.llama.config import LlamaConfig
+from frugax.models.llama.inputs import check
 from frugax.models.llama.rotary import rotate
 
 Params = dict
@@ -33,6 +35,10 @@ def _plain(path):
   return lax.dot_general
 
 
+def _operation(function):
+  return lambda inputs, others=(): function(*inputs, *others)
+
+
 def _normal(std):
   # Drawn in float32 and then rounded: a bfloat16 draw has 128 distinct values.
   def init(key, shape, dtype):
@@ -49,6 +55,7 @@ class RMSNorm(nn.Module):
   """
 
   config: LlamaConfig
+  operation: Callable = _operation  # of inputs, and of others that stay exact
 
   @nn.compact
   def __call__(self, x):
@@ -56,9 +63,13 @@ class RMSNorm(nn.Module):
     scale = self.param(
       'scale', nn.initializers.ones, x.shape[-1:], jnp.dtype(config.param_dtype)
     )
-    x = x.astype(jnp.float32)
-    x *= lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.norm_eps)
-    return (x * scale.astype(jnp.float32)).astype(config.dtype)
+
+    def normalize(x, scale):
+      x = x.astype(jnp.float32)
+      x *= lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.norm_eps)
+      return (x * scale.astype(jnp.float32)).astype(config.dtype)
+
+    return self.operation(normalize)((x,), (scale,))
 
 
 class _Linears(nn.Module):
@@ -108,11 +119,13 @@ class Attention(_Linears):
 class Mlp(_Linears):
   """SwiGLU: `down(silu(gate(x)) * up(x))`."""
 
+  operation: Callable = _operation
+
   @nn.compact
   def __call__(self, x_BxTxD):
     gate = self.linear('gate', x_BxTxD, self.config.ffn)
     up = self.linear('up', x_BxTxD, self.config.ffn)
-    hidden = nn.silu(gate) * up
+    hidden = self.operation(lambda gate, up: nn.silu(gate) * up)((gate, up))
     hidden = self.constrain(hidden, ('batch', 'sequence', 'act_mlp'))
     return self.linear('down', hidden, self.config.dim)
 
@@ -123,16 +136,17 @@ class Block(nn.Module):
   config: LlamaConfig
   product: Callable = _plain  # of a linear's path: its dot_general
   constrain: Callable = _identity
+  operation: Callable = _operation  # of a function: what norms and SwiGLU call
 
   @nn.compact
   def __call__(self, x_BxTxD, segment_ids_BxT, positions):
     shared = (self.config, self.product, self.constrain)
     stream = ('batch', 'sequence', 'act_embed')
-    y = RMSNorm(self.config, name='attn_norm')(x_BxTxD)
+    y = RMSNorm(self.config, self.operation, name='attn_norm')(x_BxTxD)
     y = Attention(*shared, name='attn')(y, segment_ids_BxT, positions)
     x_BxTxD = self.constrain(x_BxTxD + y, stream)
-    y = RMSNorm(self.config, name='mlp_norm')(x_BxTxD)
-    y = Mlp(*shared, name='mlp')(y)
+    y = RMSNorm(self.config, self.operation, name='mlp_norm')(x_BxTxD)
+    y = Mlp(*shared, self.operation, name='mlp')(y)
     return self.constrain(x_BxTxD + y, stream)
 
 
@@ -164,6 +178,8 @@ class Llama:
       `jax.lax.dot_general`; None is what the config says of each (`matmul`,
       `matmul_rules`, `matmul_exempt`). The head and the embedding stay out of
       it.
+    wrap: called with the path of a linear that a recipe computes, 'attn/q' or
+      'lm_head', and with its dot_general; returns the one to be used.
     constrain: called as `constrain(x, names)` on activations, and on the
       embedding before its look-up; returns `x` with a sharding. The model
       knows names, not meshes: 'batch', 'sequence', 'kv_sequence', 'act_embed',
@@ -198,19 +214,27 @@ class Llama:
     config: LlamaConfig,
     *,
     dot_general: Callable | None = None,
+    wrap: Callable = lambda path, dot: dot,
     constrain: Callable = _identity,
   ):
     def product(path):
       if dot_general is not None:
         return dot_general
-      return lowbit.dot_general(lowbit.recipe(config.recipe_of(path)))
+      recipe = lowbit.recipe(config.recipe_of(path))
+      return wrap(path, lowbit.dot_general(recipe))
 
     self.config = config
     self._constrain = constrain
-    self._block = Block(config, product, constrain)
+    flow = lowbit.flow(config.flow)
+
+    def operation(function):
+      return lowbit.keep_in_few_bits(function, flow)
+
+    self._block = Block(config, product, constrain, operation)
     self._exempt = (0, 0) if dot_general else config.matmul_exempt
     self._exempt_block = Block(config, _plain, constrain)
-    self._head = lowbit.dot_general(lowbit.recipe(config.matmul_head))
+    head = lowbit.dot_general(lowbit.recipe(config.matmul_head))
+    self._head = wrap('lm_head', head)
     self._norm = RMSNorm(config)
     # Once, here: without it, every eager call would compile the scan anew.
     self._jitted = jax.jit(self._forward)
@@ -223,7 +247,8 @@ class Llama:
         on sharding; in bfloat16 they are the float32 values rounded.
 
     Returns:
-      The nested dict described in the class, in `config.param_dtype`. Under
+      The nested dict described in the class, in `config.param_dtype`, the
+      weights that the recipes store in few bits as QTensors. Under
       `jax.jit` with `out_shardings` each device makes its own part.
     """
     config = self.config
@@ -250,6 +275,9 @@ class Llama:
     if not config.tie_embeddings:
       shape = (config.dim, config.vocab_size)
       params['lm_head'] = {'kernel': normal(head_key, shape, dtype)}
+    params['layers'] = lowbit.store_weights(
+      params['layers'], config.stored_format, batch_axes=1
+    )
     return params
 
   def apply(
@@ -278,7 +306,7 @@ class Llama:
       ValueError: tokens are not integers of rank 2, or the other two do not
         have their shape.
     """
-    _check(tokens_BxT, segment_ids, positions)
+    check(tokens_BxT, segment_ids, positions)
     tokens_BxT = jnp.asarray(tokens_BxT)
     return self._jitted(params, tokens_BxT, segment_ids, positions)
 
@@ -316,7 +344,7 @@ class Llama:
 
   def embed(self, params: Params, tokens_BxT: jax.Array) -> jax.Array:
     """The residual stream before the first layer, (B, T, dim)."""
-    _check(tokens_BxT)
+    check(tokens_BxT)
     # Rows sharded along their width do not reshard to a sharded batch: XLA
     # would replicate the whole residual stream. Gather the table instead.
     table = self._constrain(
@@ -349,7 +377,7 @@ class Llama:
     """
     if positions is None:
       positions = jnp.arange(x_BxTxD.shape[1])
-    variables = {'params': layer_params}
+    variables = {'params': lowbit.load_weights(layer_params)}
     first, last = self._exempt
     inner = range(first, self.config.n_layers - last)
     exempt = index is not None and index not in inner
@@ -386,52 +414,13 @@ class Llama:
       {'kernel': ('layers', 'mlp', 'embed')}
     """
 
-    def kernel(*names):
-      return {'kernel': ('layers', *names)}
-
-    axes = {
-      'embed': {'embedding': ('vocab', 'embed')},
-      'layers': {
-        'attn_norm': {'scale': ('layers', 'norm')},
-        'attn': {
-          'q': kernel('embed', 'heads', 'head_dim'),
-          'k': kernel('embed', 'kv_heads', 'head_dim'),
-          'v': kernel('embed', 'kv_heads', 'head_dim'),
-          'o': kernel('heads', 'head_dim', 'embed'),
-        },
-        'mlp_norm': {'scale': ('layers', 'norm')},
-        'mlp': {
-          'gate': kernel('embed', 'mlp'),
-          'up': kernel('embed', 'mlp'),
-          'down': kernel('mlp', 'embed'),
-        },
-      },
-      'final_norm': {'scale': ('norm',)},
-    }
-    if not self.config.tie_embeddings:
-      axes['lm_head'] = {'kernel': ('embed', 'vocab')}
-    return axes
+    return axes(self.config)
 
 
 def shapes(config: LlamaConfig) -> Params:
-  """The parameters of `Llama(config)` as shapes and dtypes, unallocated."""
-  return jax.eval_shape(Llama(config).init, jax.random.key(0))
+  """The parameters of `Llama(config)` as shapes and dtypes, unallocated.
 
-
-def _check(tokens, segment_ids=None, positions=None):
-  shape = jnp.shape(tokens)
-  for name, value in (
-    ('tokens', tokens),
-    ('segment_ids', segment_ids),
-    ('positions', positions),
-  ):
-    if value is None:
-      continue
-    dtype = jnp.result_type(value)
-    if not jnp.issubdtype(dtype, jnp.integer):
-      raise ValueError(f'{name} must be integers, not {dtype}.')
-    if len(shape) != 2 or jnp.shape(value) != shape:
-      want = '(batch, sequence)' if name == 'tokens' else f'{shape}, as tokens'
-      raise ValueError(
-        f'{name} have shape {jnp.shape(value)}, but must have {want}.'
-      )
+  All as arrays, those that are stored in few bits as well.
+  """
+  params = jax.eval_shape(Llama(config).init, jax.random.key(0))
+  return jax.eval_shape(lowbit.load_weights, params)

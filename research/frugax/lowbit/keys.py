@@ -1,0 +1,48 @@
+"""Keys of random bits that need no state."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def content_key(x: jax.Array) -> jax.Array:
+  """A key from the bits of an array.
+
+  Sums of integers, which do not depend on the order and so not on the mesh.
+
+  Args:
+    x: an array; its bits in float32 count.
+
+  Returns:
+    A typed key.
+
+  Examples:
+    >>> a, b = content_key(jnp.ones(3)), content_key(jnp.array([1., 1., 2.]))
+    >>> bool((a == b).all())
+    False
+  """
+  bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+  mixed = (bits ^ bits >> 15) * jnp.uint32(0x85EBCA6B)
+  words = jnp.stack([bits.sum(), (mixed ^ mixed >> 13).sum()])
+  return jax.random.wrap_key_data(words, impl='threefry2x32')
+
+
+def operand_keys(
+  key: jax.Array | None, product: int, left: jax.Array, right: jax.Array
+) -> list[jax.Array]:
+  """One key for each operand of a product.
+
+  Args:
+    key: a typed key; None takes it from the operands' bits.
+    product: which of the products of a layer it is.
+    left: an operand.
+    right: the other one.
+
+  Returns:
+    Two keys.
+  """
+  out = []
+  for i, x in enumerate((left, right)):
+    k = content_key(x) if key is None else key
+    out.append(jax.random.fold_in(k, 2 * product + i))
+  return out

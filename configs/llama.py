@@ -99,6 +99,10 @@ def get_config(arg=None):
   # Of weights in bfloat16 or int8: nearest, which loses small updates, or
   # stochastic.
   c.rounding = 'stochastic' if args.matmul == 'w8' else 'nearest'
+  # The part of the steps that is taken in high precision before matmuls are
+  # those of model.matmul: 0, a fraction, or optimal, which depends on the
+  # tokens, the weights and their bits.
+  c.matmul_switch = '0'
 
   c.model = ConfigDict()  # open: any field of LlamaConfig
   c.model.size = args.size
@@ -156,6 +160,9 @@ def get_config(arg=None):
 
   c.log = ConfigDict()
   c.log.every = 10
+  # Steps between two measurements of what rounding does to the activations,
+  # weights and gradients of every linear; 0: none.
+  c.log.quantization = 0
   c.log.tensorboard = True
   c.log.wandb = ''  # a Weights & Biases project
   return c

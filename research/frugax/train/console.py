@@ -70,6 +70,11 @@ def announce(
     f'data       {config.data.name},'
     f' {config.data.mode}, {slots:,} tokens a step'
   )
+  if info['switch_step']:
+    print(
+      f'matmuls    in high precision until step {info["switch_step"]}, then'
+      f' {config.model.matmul}'
+    )
   print(f'mesh       {info["mesh"]}')
   print(f'workdir    {workdir}')
   if done:

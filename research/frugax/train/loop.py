@@ -13,8 +13,9 @@ from frugax.train import (
   checkpoint,
   console,
   data,
+  phases,
   progress,
-  step,
+  quantization,
   tokenizer,
 )
 from frugax.train.signals import StopSignal
@@ -55,7 +56,8 @@ def train(
 
 def _train(config, workdir, stop, command, devices):
   # What can be wrong is found here, before any compilation.
-  program = step.build(config, devices)
+  steps = phases.Phases(config, devices)
+  program = steps.low
   tok = tokenizer.tokenizer(config.data.tokenizer)
   data.check(config.data, tok, program.model.config.vocab_size)
   program.layout.check_batch(
@@ -79,7 +81,8 @@ def _train(config, workdir, stop, command, devices):
     tokens=config.eval.tokens,
     **hosts,
   )
-  eval_step = jax.jit(step.make_eval_step(program.model, tok.bytes_per_id()))
+  eval_step = steps.eval_step(tok.bytes_per_id())
+  rates = quantization.probe(config, program)
 
   # The state: the latest checkpoint's, or a new one.
   stream = {name: config.data[name] for name in _STREAM} | {'shares': count}
@@ -94,7 +97,7 @@ def _train(config, workdir, stop, command, devices):
     state, meta = checkpoints.restore(
       done, program.abstract_state(), data.restore_args(train_data), stream
     )
-  info = console.describe(config, program)
+  info = console.describe(config, program) | {'switch_step': steps.switch}
   console.announce(config, workdir, info, done, meta.get('config'))
   log = progress.Progress(config, workdir, program, info, done, meta)
   best, eval_row, stopping = meta['best'], None, False
@@ -116,7 +119,7 @@ def _train(config, workdir, stop, command, devices):
   def evaluate():
     sums = []
     for batch in eval_data:
-      sums.append(eval_step(state.params, program.put(batch)))
+      sums.append(eval_step(done, state.params, batch))
       # A preempted run has seconds: saving comes first. (Several processes
       # learn of it together, after a step.)
       if stop.raised and jax.process_count() == 1:
@@ -135,7 +138,9 @@ def _train(config, workdir, stop, command, devices):
             f'the data ended after {done} steps, {config.steps} were asked'
             ' for; set --config.data.repeat=true or fewer --config.steps'
           )
-        state, on_device = program.train_step(state, program.put(batch))
+        if text := steps.announcement(done):
+          log.tell(text)
+        state, on_device = steps.train_step(done, state, batch)
         if late:
           settle(late)
         done += 1
@@ -144,12 +149,15 @@ def _train(config, workdir, stop, command, devices):
         stopping = stop.requested(done)
         evaluating = not stopping and (last or _due(done, config.eval.every))
         saving = last or stopping or _due(done, config.checkpoint.every)
-        if not (evaluating or saving):
+        probing = _due(done, config.log.quantization)
+        if not (evaluating or saving or probing):
           continue
         # Nothing is evaluated or saved before its loss is known to be finite.
         settle(late)
         late = None
         with log.clock.paused():
+          if probing:
+            log.write(done, rates(state.params, program.put(batch)))
           eval_loss, eval_row = None, evaluate() if evaluating else None
           if eval_row:
             log.evaluation(done, eval_row)

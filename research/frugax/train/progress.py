@@ -79,19 +79,23 @@ class Progress:
     self.clock.step(tokens)
     due = self._every and done % self._every == 0
     if not finite(row) or due or done == self._last:
-      self._write(done, row | self._window() | metrics.device_memory())
+      self.write(done, row | self._window() | metrics.device_memory())
     self._bar.set_postfix(loss=f'{row["loss"]:.3f}', refresh=False)
     self._bar.update()
     return row
 
   def evaluation(self, done: int, row: dict[str, Any]) -> None:
     """Logs an evaluation."""
-    self._write(done, row)
+    self.write(done, row)
     text = f'step {done}: validation loss {row["eval_loss"]:.4f}'
     if row['bits_per_byte'] is not None:
       text += f', {row["bits_per_byte"]:.4f} bits per byte'
     if 'eval_loss_compat' in row:
       text += f' (published harness: {row["eval_loss_compat"]:.4f})'
+    self.tell(text)
+
+  def tell(self, text: str) -> None:
+    """Prints a line above the bar (process 0)."""
     if jax.process_index() == 0:
       self._bar.write(text, file=sys.stdout)
 
@@ -113,6 +117,7 @@ class Progress:
       self._rates.append(rates)
     return rates
 
-  def _write(self, done, row):
+  def write(self, done: int, row: dict[str, float]) -> None:
+    """Logs scalars."""
     now = {'tokens': self.tokens, 'seconds': self.clock.seconds}
     self._writer.write(done, row | now)

@@ -180,6 +180,15 @@ def test_several_mesh_axes_at_once():
   np.testing.assert_allclose(shards, 8 * whole[0], rtol=1e-6)
 
 
+@pytest.mark.parametrize('axis', [0, 1])
+def test_a_nan_is_not_lost(mesh, axis):
+  x = normal((64, 64))
+  x[3, 7] = np.nan
+  lost = ~np.isnan(gather(mesh, x, axis=axis)[0])
+  assert lost.sum() == 63 * 64
+  assert not np.moveaxis(lost, axis, 0)[:, 7 if axis == 0 else 3].any()
+
+
 def test_what_is_not_finite_stays_in_its_column(mesh):
   x = normal((16, 6))
   x[3, 1], x[9, 2], x[:, 3], x[:, 4] = np.nan, np.inf, 0, 1e-44

@@ -62,13 +62,14 @@ class Wire:
     Returns:
       float32.
     """
-    largest = jnp.abs(x.astype(jnp.float32)).max(self.scale_axes, keepdims=True)
+    # Of magnitudes NaN has the largest bits; a maximum of floats, along an axis
+    # or across devices, need not keep it.
+    size = jnp.abs(x.astype(jnp.float32))
+    bits = lax.bitcast_convert_type(size, jnp.int32)
+    bits = bits.max(self.scale_axes, keepdims=True)
     if shared:
-      # Of numbers that are not negative NaN has the largest bits; a maximum
-      # of floats across devices need not keep it.
-      bits = lax.bitcast_convert_type(largest, jnp.int32)
       bits = lax.pmax(bits, self.axis_name)
-      largest = lax.bitcast_convert_type(bits, jnp.float32)
+    largest = lax.bitcast_convert_type(bits, jnp.float32)
     alpha = jnp.minimum(largest, _LARGEST)
     return jnp.maximum(alpha * np.float32(1 / self.element.top), _TINY)
 

@@ -1,0 +1,1 @@
+"""Rotated and rounded copies of a matrix, by rows and by columns."""

@@ -31,7 +31,7 @@ def low_rank_matrix(m, n, rank, seed=0):
 SIZES = st.sampled_from([1, 2, 3, 5, 7, 8, 13])
 
 
-@hypothesis.settings(deadline=None, max_examples=25)
+@hypothesis.settings(deadline=None, max_examples=15)
 @hypothesis.given(
   batch=st.lists(st.integers(1, 3), max_size=2),
   m=SIZES,

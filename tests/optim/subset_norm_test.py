@@ -107,7 +107,7 @@ def test_equals_a_float64_twin(shape, subset, reduction):
   assert state[0].nu.size == math.prod(shape[:-2]) * count
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
   m=st.integers(1, 40),
   n=st.integers(1, 40),

@@ -125,7 +125,7 @@ def test_second_moments_never_become_zero(name):
   assert (np.asarray(decode(encode(x, Codec(name))))[2:] == 0).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
   shape=SHAPES,
   name=st.sampled_from(PACKED),

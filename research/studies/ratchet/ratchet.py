@@ -107,14 +107,15 @@ def interval(differences: np.ndarray) -> str:
 
 def tables(losses: dict[tuple[str, float], np.ndarray]) -> str:
   """All that is printed; inf is a run that diverged."""
+  rates = sorted({rate for _, rate in losses})
   lines = [
     'validation loss in nats a byte: mean and deviation of the seeds, and its'
     f' difference to "{BASE}"',
-    f'{"":24}' + ''.join(f'{f"rate {r:g}":>42}' for r in RATES),
+    f'{"":24}' + ''.join(f'{f"rate {r:g}":>42}' for r in rates),
   ]
   for variant in VARIANTS:
     line = f'{variant:24}'
-    for rate in RATES:
+    for rate in rates:
       own = losses[variant, rate]
       cell = 'diverged'
       if np.isfinite(own).all():
@@ -124,7 +125,7 @@ def tables(losses: dict[tuple[str, float], np.ndarray]) -> str:
       line += f'{cell:>42}'
     lines.append(line)
   lines.append('')
-  for rate in RATES:
+  for rate in rates:
     rounded = losses[ROUNDED, rate] - losses['spam, bfloat16', rate]
     exact = losses[BASE, rate] - losses['spam, state float32', rate]
     lines.append(
@@ -141,11 +142,12 @@ def main():
   parser.add_argument('workdir', type=pathlib.Path)
   parser.add_argument('--data_dir', default='data')
   parser.add_argument('--steps', type=int, default=STEPS)
+  parser.add_argument('--rates', type=float, nargs='+', default=RATES)
   parser.add_argument(
     '--jobs', type=int, default=2, help='runs at a time, each on its own cores'
   )
   args = parser.parse_args()
-  cells = [(variant, rate) for rate in RATES for variant in VARIANTS]
+  cells = [(variant, rate) for rate in args.rates for variant in VARIANTS]
   runs = [run(args, *cell, seed) for cell in cells for seed in SEEDS]
   results = sweep.Sweep(args.workdir, args.jobs).train(runs)
   found = iter(r.summary.get('eval_loss') or math.inf for r in results)

@@ -287,33 +287,6 @@ def test_codes_are_multiplied_as_they_are(name, element, count):
   assert sum(o.count(element) == 2 for o in operands) == count == len(products)
 
 
-@pytest.mark.parametrize('name', ['int8', 'quest4', 'mxfp4'])
-def test_jit_remat_scan_and_vmap_give_the_same(name):
-  """With random bits, which follow from the arrays."""
-  dot = lowbit.dot_general(lowbit.recipe(name))
-  dims = DIMS['dense'][2]
-  value = vjp(dot, dims)
-  x, w, g = normal(3, 2, 5, 37), normal(3, 37, 6, seed=1), normal(3, 2, 5, 6)
-
-  def remat(x, w, g):
-    return vjp(jax.checkpoint(dot, static_argnums=2), dims)(x, w, g)
-
-  @jax.jit
-  def all_ways(x, w, g):
-    def body(_, item):
-      return None, value(*item)
-
-    scanned = lax.scan(body, None, (x, w, g))[1]
-    return scanned, jax.vmap(value)(x, w, g), jax.vmap(remat)(x, w, g)
-
-  one = jax.jit(value)
-  want = [one(*item) for item in zip(x, w, g, strict=True)]
-  for got in all_ways(x, w, g):
-    for a, b in zip(got, zip(*want, strict=True), strict=True):
-      b = np.stack(b)
-      np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
-
-
 @pytest.mark.parametrize('name', ['int8', 'quest4', 'nvfp4', 'halo2'])
 def test_sharded_equals_one_device(name):
   """Rows of activations on eight devices, weights cut along both axes."""

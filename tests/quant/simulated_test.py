@@ -1,7 +1,8 @@
-"""The simulated 4-bit formats against loops in float64."""
+"""The simulated formats against loops in float64."""
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -112,3 +113,32 @@ def test_nan_survives(name):
   got = getattr(simulated, name)(jnp.ones(600).at[300].set(jnp.nan))
   assert jnp.isnan(got[300])
   assert jnp.isfinite(got[:256]).all() and jnp.isfinite(got[512:]).all()
+
+
+@pytest.mark.parametrize(
+  ('exponent', 'mantissa'), [(8, 3), (8, 0), (5, 7), (4, 2)]
+)
+def test_bits_cut_off_a_bfloat16(exponent, mantissa):
+  draw = np.random.default_rng(0)
+  x = draw.normal(size=4000) * 2.0 ** draw.integers(-30, 30, size=4000)
+  x = x.astype(ml_dtypes.bfloat16)
+  got = simulated.truncate(jnp.asarray(x), exponent, mantissa)
+  assert got.dtype == jnp.bfloat16
+  fraction, power = np.frexp(x.astype(np.float64))  # of [1/2, 1)
+  unit = 2.0 ** (mantissa + 1)
+  want = np.ldexp(np.trunc(fraction * unit) / unit, power)
+  middle = 2 ** (exponent - 1) - 1
+  top = 2.0**middle * (2 - 2.0**-mantissa)
+  want = np.where(np.abs(want) < 2.0 ** (1 - middle), 0, want)
+  want = np.clip(want, -top, top)
+  np.testing.assert_array_equal(np.asarray(got, np.float64), want)
+  if exponent == 8:
+    assert (np.abs(want) <= np.abs(x.astype(np.float64))).all()
+  special = jnp.array([jnp.inf, -jnp.inf, 0.0, -0.0, jnp.nan], jnp.float32)
+  got = simulated.truncate(special, exponent, mantissa)
+  np.testing.assert_array_equal(got, [top, -top, 0, 0, np.nan])
+
+
+def test_bits_that_a_bfloat16_has_not():
+  with pytest.raises(ValueError, match='exponent=9, mantissa=7'):
+    simulated.truncate(jnp.ones(3), 9)

@@ -38,7 +38,8 @@ class Scaling:
       of 32 along the columns, (128, 128) one for each such block. The last tile
       of a row or column is smaller if need be.
     statistic: 'absmax', 'rms' (the root of the mean square; zero where the
-      squares are below float32, as of 1e-20), or 'mean' or 'median' of the
+      squares are below float32, as of 1e-20, and the largest that is allowed
+      where they are beyond it, as of 1e20), or 'mean' or 'median' of the
       magnitudes, the latter for (None, None) alone.
     factor: see above.
     eps: see above.

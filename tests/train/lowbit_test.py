@@ -1,0 +1,103 @@
+"""Low-bit models on eight devices: the same training as on one."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from frugax import lowbit, quant
+from frugax.train import loop, signals, step
+
+
+def _batch(config):
+  shape = (config.batch_size, config.data.sequence_length)
+  tokens = np.random.default_rng(0).integers(0, 264, shape, np.int32)
+  return {
+    'tokens': tokens,
+    'labels': np.roll(tokens, -1, 1),
+    'segment_ids': np.ones_like(tokens),
+    'positions': np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1)),
+  }
+
+
+def _train(config, devices=None, steps=2):
+  program = step.build(config, devices)
+  batch, rows = _batch(config), []
+  with jax.set_mesh(program.layout.mesh):
+    state = program.init(jax.random.PRNGKey(0))
+    for _ in range(steps):
+      state, metrics = program.train_step(state, program.put(batch))
+      rows.append({k: float(v) for k, v in jax.device_get(metrics).items()})
+  return rows, state, program
+
+
+@pytest.mark.parametrize('matmul', ['coat', 'w8'])
+def test_sharded_equals_one_device(matmul, make_config):
+  """Rows, weights, and what the linears round, cut over fsdp and tensor."""
+  kw = {'schedule__warmup_steps': 0, 'data__sequence_length': 16}
+  arguments = f'size=tiny,opt=adamw,matmul={matmul}'
+  want, one, _ = _train(
+    make_config(arguments, mesh='data=1', **kw), jax.devices()[:1]
+  )
+  got, state, program = _train(
+    make_config(arguments, mesh='fsdp=4,tensor=2', **kw)
+  )
+  jax.tree.map(
+    lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(str(s)),
+    state,
+    program.shardings,
+  )
+  # A sum in another order rounds a few numbers to their other neighbour.
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-5)
+    np.testing.assert_allclose(a['grad_norm'], b['grad_norm'], rtol=1e-4)
+  assert want[1]['loss'] < want[0]['loss']
+  if matmul == 'coat':
+    plain, _, _ = _train(
+      make_config('size=tiny,opt=adamw', mesh='data=1', **kw),
+      jax.devices()[:1],
+      steps=1,
+    )
+    # Rounding is felt, and more than the mesh is.
+    assert abs(plain[0]['grad_norm'] / want[0]['grad_norm'] - 1) > 3e-4
+    return
+  gate = state.params['layers']['mlp']['gate']['kernel']
+  assert isinstance(gate, quant.QTensor)
+  # Codes are cut over all devices, 32 x 44 of them in each of 2 layers.
+  assert gate.data.addressable_shards[0].data.size == 2 * 32 * 44 // 8
+  for a, b in zip(
+    jax.tree.leaves(lowbit.load_weights(jax.device_get(state.params))),
+    jax.tree.leaves(lowbit.load_weights(jax.device_get(one.params))),
+    strict=True,
+  ):
+    error = np.abs(np.asarray(a) - np.asarray(b))
+    assert np.mean(error > 1e-6) < 0.02
+    assert error.max() < np.ptp(np.asarray(b)) / 100
+
+
+def test_int8_weights_resume_bit_for_bit(make_config, tmp_path, monkeypatch):
+  """Q-GaLore whole: its optimizer, and weights with no copy in more bits."""
+  config = make_config(
+    'size=tiny,opt=q_galore,matmul=w8',
+    mesh='data=1',
+    steps=3,
+    optimizer__rank=4,
+    optimizer__update_interval=2,
+  )
+  assert config.rounding == 'stochastic'
+  devices = jax.devices()[:1]
+  for folder, stops in (('whole', [None]), ('parts', [2, None])):
+    for stop in stops:
+      monkeypatch.setattr(
+        signals.StopSignal, 'requested', lambda _, done, n=stop: done == n
+      )
+      loop.train(config, tmp_path / folder, devices=devices)
+  whole, parts = (
+    [json.loads(line) for line in (tmp_path / f / 'metrics.jsonl').open()]
+    for f in ('whole', 'parts')
+  )
+  assert len(whole) == len(parts)
+  for a, b in zip(whole, parts, strict=True):
+    for key in ('step', 'loss', 'eval_loss', 'grad_norm', 'param_norm'):
+      assert a.get(key) == b.get(key)

@@ -3,6 +3,7 @@
 # make parity  compare with the transformers package's LLaMA
 # make bench   time the step and the optimizers against hand-written ones
 # make bench-peers  time the optimizers against PyTorch's
+# make bench-kernels  count the cycles of TPU kernels, by their compiler
 # Each makes the virtual environment that it needs. PYTHON=python3.12 chooses
 # the interpreter; VENV=DIR where the environment lives.
 
@@ -22,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export JAX_PLATFORMS ?= cpu
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: train test lint smoke parity bench bench-peers clean
+.PHONY: train test lint smoke parity bench bench-peers bench-kernels clean
 
 train: $(READY)
 	$(PY) -m frugax.train.corpus --data_dir=data
@@ -51,6 +52,10 @@ bench-peers: $(READY)
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet torch==2.13.0 galore-torch pytorch-optimizer torchao bitsandbytes
 	$(PY) research/studies/bench_peers.py --python .venv-peers/bin/python
+
+# Static estimates by the TPU's compiler, of which `dev` has one on Linux.
+bench-kernels: $(READY)
+	$(PY) research/studies/bench_kernels.py
 
 clean:
 	rm -rf .venv .venv-* .cache

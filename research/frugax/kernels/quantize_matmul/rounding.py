@@ -11,6 +11,8 @@ from frugax.quant import Scaling, elements
 
 # As in `frugax.quant.quantize_tiles`.
 _LARGEST = 2.0**126
+# A multiple of 2^8, so that the last 8 bits are the code's.
+OFFSET = 2**22
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 _STATISTICS = ('absmax', 'rms', 'mean')
 
@@ -74,10 +76,7 @@ class Rounding:
   def gather(self, old: jax.Array, x: jax.Array) -> jax.Array:
     """The statistic, element by element, of what was seen and of x."""
     if self.scaling.statistic == 'absmax':
-      # Compared as integers, of which those of NaN are the largest: the chips'
-      # own maximum may ignore it.
-      bits = [lax.bitcast_convert_type(v, jnp.int32) for v in (old, jnp.abs(x))]
-      return lax.bitcast_convert_type(jnp.maximum(*bits), jnp.float32)
+      return jnp.maximum(old, jnp.abs(x))
     return old + (x * x if self.scaling.statistic == 'rms' else jnp.abs(x))
 
   def finish(self, gathered: jax.Array, axis: int, size: int) -> jax.Array:
@@ -95,12 +94,31 @@ class Rounding:
     step = jnp.maximum(alpha * np.float32(1 / self.element.top), _TINY)
     return jnp.where(nan > 0, jnp.nan, step)
 
+  @property
+  def invariant(self) -> bool:
+    """Whether a rotation leaves the statistic as it is."""
+    return self.scaling.statistic == 'rms'
+
+  @property
+  def clips(self) -> bool:
+    """Whether infinities, which a rotation turns into NaN, must go before.
+
+    Not where the scale does not see them and the codes cannot be NaN.
+    """
+    return not (self.invariant and self.sums)
+
   def codes(self, x: jax.Array) -> jax.Array:
-    """Of numbers over their scale; in float32, but those of 8-bit floats."""
-    top = self.element.top
-    x = jnp.clip(x, -top, top)
-    if self.element.dtype != 'int8':
+    """Of numbers over their scale: 8-bit floats, or int32 plus `OFFSET`."""
+    top, half = self.element.top, self.shift
+    # Not added below: XLA would add up both constants, and lose the half.
+    x = jnp.clip(x + half if half else x, half - top, half + top)
+    if not self.sums:
       return x.astype(self.dtype)
+    # From 2^23 to 2^24 the float32 are the integers, and a sum that lies there
+    # is rounded to the nearest of them, or the even one. Its last bits are the
+    # code's: a conversion to integers takes a TPU five operations.
+    bits = lax.bitcast_convert_type(x + (2.0**23 + OFFSET), jnp.int32)
+    codes = bits & jnp.int32(2**23 - 1)
     # Mid-rise, what is half-way goes to the even multiple before a half is
     # taken off: 0 to -1/2, whose code is -1.
-    return jnp.round(x + 0.5) - 1 if self.element.rise else jnp.round(x)
+    return codes - 1 if half else codes

@@ -13,10 +13,11 @@ from jax.experimental.pallas import tpu as pltpu
 from frugax.kernels import blocks as tables
 from frugax.kernels import products
 from frugax.kernels.products import LAYOUTS
-from frugax.kernels.quantize_matmul.rounding import Rounding
+from frugax.kernels.quantize_matmul.rounding import OFFSET, Rounding
 from frugax.kernels.quantized_matmul.reference import scaled
 
 _TILE = 128
+_UNROLL = 48
 _LARGEST = 2.0**100
 
 
@@ -255,82 +256,99 @@ def _kernel(plan, x, w, *refs):
 
 
 def _quantize(plan, x, fold, h, codes, scales, sums):
-  """All codes of a block of x, a few rows at a time."""
+  """All codes of a block of x, 128 rows at a time."""
   rounding, axis = plan.rounding, plan.axis
-  rows = min(plan.rows, 256 if plan.rows % 256 == 0 else _TILE)
   whole, rest = divmod(plan.size, _TILE)
+  zeros = jnp.zeros(plan.at(_TILE, _TILE), jnp.float32)
 
-  def load(r, c, part=0):
-    """A tile as float32, rotated if it is to be."""
-    at = plan.at(pl.ds(r, rows), pl.ds(c, _TILE))
-    v = x[at]
-    if fold is not None:
-      v = v.astype(jnp.float32) * fold[plan.at(slice(None), pl.ds(c, _TILE))]
-    if h is None:
-      return v.astype(jnp.float32)
-    return _rotated(v, h, axis, part)
+  def load(r, c):
+    v = x[plan.at(pl.ds(r, _TILE), pl.ds(c, _TILE))]
+    if fold is None:
+      return v
+    return v.astype(jnp.float32) * fold[plan.at(slice(None), pl.ds(c, _TILE))]
 
-  def each(r, visit, carry):
-    """Over all tiles of some rows."""
+  def each(visit, carry):
+    """Over all tiles of some rows; the last may be part 1, the rest."""
 
     def body(c, carry):
       return visit(pl.multiple_of(c * _TILE, _TILE), 0, carry)
 
     if whole:
-      carry = lax.fori_loop(0, whole, body, carry)
+      carry = lax.fori_loop(0, whole, body, carry, unroll=_unroll(whole))
     if rest:
       carry = visit(whole * _TILE, 1, carry)
     return carry
 
   def some_rows(i, _):
-    r = pl.multiple_of(i * rows, rows)
-    zeros = jnp.zeros(plan.at(rows, _TILE), jnp.float32)
-    here = plan.at(pl.ds(r, rows), slice(None))
+    r = pl.multiple_of(i * _TILE, _TILE)
+    here = plan.at(pl.ds(r, _TILE), slice(None))
 
     def gather(c, part, seen):
-      return rounding.gather(seen, load(r, c, part))
+      v = load(r, c)
+      if h is not None and not rounding.invariant:
+        v = _rotated(v, h, axis, part, rounding) * _norm(h, axis, part)
+      return rounding.gather(seen, v.astype(jnp.float32))
 
-    scale = rounding.finish(each(r, gather, zeros), axis, plan.size)
+    scale = rounding.finish(each(gather, zeros), axis, plan.size)
     scales[here] = scale
     inverse = 1 / scale
+    # The norm of whole blocks is one number, and the scale takes it along.
+    inverses = [inverse, inverse]
+    if h is not None:
+      inverses[0] = inverse * np.float32(_TILE**-0.5)
 
     def write(c, part, total):
-      q = rounding.codes(load(r, c, part) * inverse)
+      v = load(r, c)
+      if h is not None:
+        v = _rotated(v, h, axis, part, rounding)
+        if part:
+          v = v * _norm(h, axis, part)
+      v = v.astype(jnp.float32) * inverses[part]
+      q = rounding.codes(v)
       if part:
         place = lax.broadcasted_iota(jnp.int32, q.shape, axis)
-        q = jnp.where(place < rest, q, jnp.zeros_like(q))
-      at = plan.at(pl.ds(r, rows), pl.ds(c, _TILE))
-      if not rounding.sums:
-        codes[at] = q
-        return total
-      codes[at] = q.astype(jnp.int32).astype(codes.dtype)
-      return total + q
+        zero = jnp.full_like(q, OFFSET if rounding.sums else 0)
+        q = jnp.where(place < rest, q, zero)
+      codes[plan.at(pl.ds(r, _TILE), pl.ds(c, _TILE))] = q.astype(codes.dtype)
+      return total + q if rounding.sums else total
 
-    total = each(r, write, zeros)
+    # In int32 the sums of the offsets go round, and come back. Mosaic adds up
+    # rows in float32, in which what is left is exact.
+    total = each(write, zeros.astype(jnp.int32))
     if rounding.sums:
-      total = total.sum(axis, keepdims=True)
+      tiles = whole + bool(rest)
+      total = total - np.int32(np.int64(tiles * OFFSET).astype(np.int32))
+      total = total.astype(jnp.float32).sum(axis, keepdims=True)
       sums[here] = total.astype(jnp.int32)
     return 0
 
-  lax.fori_loop(0, plan.rows // rows, some_rows, 0)
+  lax.fori_loop(0, plan.rows // _TILE, some_rows, 0)
   filled = (whole + bool(rest)) * _TILE
   if filled < plan.padded:
     at = plan.at(slice(None), slice(filled, plan.padded))
     codes[at] = jnp.zeros(codes[at].shape, codes.dtype)
 
 
-def _rotated(v, h, axis, part):
-  """Products of 128 neighbours along an axis with signs, and their norms."""
-  signs, norms = h
-  v = jnp.clip(v, -_LARGEST, _LARGEST)
+def _unroll(count):
+  """A row at a time if it is short: loops keep operations from overlapping."""
+  return max(n for n in range(1, _UNROLL + 1) if count % n == 0)
+
+
+def _rotated(v, h, axis, part, rounding):
+  """Products of 128 neighbours along an axis with signs."""
+  if rounding.clips:
+    v = jnp.clip(v, -_LARGEST, _LARGEST)
   at = slice(part * _TILE, (part + 1) * _TILE)
+  signs = h[0][at, :]
   precision = lax.Precision.HIGHEST if v.dtype == jnp.float32 else None
-  pair = (v, signs[at, :]) if axis == 1 else (signs[at, :], v)
-  y = lax.dot_general(
-    *pair,
+  return lax.dot_general(
+    *((v, signs) if axis == 1 else (signs, v)),
     (((1,), (0,)), ((), ())),
     precision,
     preferred_element_type=jnp.float32,
   )
-  norm = norms[part : part + 1, :] if axis == 1 else norms[:, part : part + 1]
-  return y * norm
+
+
+def _norm(h, axis, part):
+  norms = h[1]
+  return norms[part : part + 1, :] if axis == 1 else norms[:, part : part + 1]

@@ -102,6 +102,8 @@ def test_the_head_has_a_recipe_of_its_own(tied):
   [
     ({'matmul': 'int9'}, "unknown low-bit recipe 'int9': did you mean 'int"),
     ({'matmul_head': 'in8'}, "unknown low-bit recipe 'in8'"),
+    ({'matmul_head': 'w8'}, 'which the head cannot do'),
+    ({'activations': 'cote'}, "unknown flow 'cote': did you mean 'coat'"),
     ({'matmul_rules': [['mlp', 'in8']]}, "unknown low-bit recipe 'in8'"),
     ({'matmul_rules': [['(', 'int8']]}, 'is no regular expression'),
     ({'matmul_rules': [['mlp']]}, 'give pairs'),
@@ -112,3 +114,50 @@ def test_the_head_has_a_recipe_of_its_own(tied):
 def test_bad_fields(fields, message):
   with pytest.raises(ValueError, match=message):
     llama.config('tiny', **fields)
+
+
+def kept(**fields):
+  """What the backward pass of a layer finds of 32 tokens, as bytes by shape."""
+  low = model(dtype='bfloat16', param_dtype='bfloat16', **fields)
+  layer = jax.tree.map(
+    lambda p: jax.ShapeDtypeStruct(p.shape[1:], jnp.bfloat16), PARAMS['layers']
+  )
+  x = jax.ShapeDtypeStruct((2, 16, 128), jnp.bfloat16)
+  back = jax.eval_shape(
+    lambda layer, x: jax.vjp(lambda x: low.block(layer, x), x)[1], layer, x
+  )
+  return [(a.size, a.dtype.itemsize) for a in jax.tree.leaves(back)]
+
+
+def test_norms_and_swiglu_keep_what_the_flow_says():
+  wide = 32 * 352  # gate, up and hidden
+
+  def widths(size, **fields):
+    return {itemsize for n, itemsize in kept(**fields) if n == size}
+
+  assert widths(wide) == {2}
+  for name in ('coat', 'jetfire'):
+    assert widths(wide, matmul=name) == {1}
+    assert widths(wide, matmul=name, activations='none') == {1, 2}
+  # Its own choice, beside products that are not rounded.
+  assert widths(wide // 2, activations='int4') == {1}  # two a byte
+  config = llama.config('tiny', matmul='coat', activations='fp8')
+  assert (config.flow, llama.config('tiny', matmul='coat').flow) == (
+    'fp8',
+    'coat',
+  )
+
+
+def test_an_exempt_layer_keeps_no_flow():
+  layer = jax.tree.map(lambda p: p[0], PARAMS['layers'])
+  x = jax.random.normal(jax.random.key(1), (1, 4, 128))
+  low = model(matmul='jetfire', matmul_exempt=(1, 0))
+
+  @jax.jit
+  def blocks(layer, x):
+    walked = [low.block(layer, x, index=i) for i in range(2)]
+    return model().block(layer, x), *walked
+
+  plain, exempt, rounded = blocks(layer, x)
+  np.testing.assert_allclose(exempt, plain, atol=1e-5)
+  assert np.abs(rounded - plain).max() > 1e-4

@@ -357,7 +357,11 @@ def _gathered(copy: Copy, old, new):
 
 def _ended(copy: Copy, total, axis):
   if copy.scaling.statistic == 'absmax':
-    return steps.largest(total, axis)
+    # A maximum along an axis need not keep a NaN, but a sum does.
+    largest, sums = (
+      reduce(total, axis, keepdims=True) for reduce in (jnp.max, jnp.sum)
+    )
+    return jnp.where(jnp.isnan(sums), sums, largest)
   return total.sum(axis, keepdims=True)
 
 

@@ -101,7 +101,7 @@ def step(
   alpha = jnp.maximum(s.factor * (total * gain) + s.eps, s.floor)
   alpha = jnp.minimum(alpha, _SATURATED)
   scale = jnp.maximum(alpha * np.float32(1 / copy.element.top), _TINY)
-  return scale, gain / scale
+  return scale, 1 / scale * gain
 
 
 def codes(

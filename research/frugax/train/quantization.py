@@ -56,7 +56,10 @@ def probe(
       f'log.quantization={every}, but no linear is rounded: name a recipe in '
       'model.matmul, or set it to 0'
     )
-  compiled = jax.jit(functools.partial(_rates, model_config, program))
+  compiled = jax.jit(
+    functools.partial(_rates, model_config, program),
+    out_shardings=program.layout.replicated(),
+  )
   first, _ = model_config.matmul_exempt
 
   def place(name, layer):

@@ -3,6 +3,7 @@
 import functools
 import logging
 
+import jax
 from jax.experimental.pallas import tpu as pltpu
 
 from frugax import names
@@ -42,6 +43,25 @@ def current() -> str | None:
   return name if name in NATIVE else None
 
 
+def gains(kind: str) -> bool:
+  """Whether a kernel multiplies this kind faster than XLA, and can run here.
+
+  It cannot where XLA would have to cut it over several devices, which it does
+  not know how to: on a mesh of several, or without one where there are several,
+  unless it is traced inside `jax.shard_map` over all of the mesh's axes.
+  """
+  chip = current()
+  return chip is not None and kind in NATIVE[chip] and _uncut()
+
+
+def _uncut():
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return jax.device_count() == 1
+  manual = jax.sharding.AxisType.Manual
+  return mesh.size == 1 or all(t == manual for t in mesh.axis_types)
+
+
 def choose(
   op: str, kind: str, implementation: str | None, interpret: bool
 ) -> str:
@@ -78,9 +98,12 @@ def choose(
     return 'mosaic'
   chip = current()
   if implementation is None:
-    if chip and kind in NATIVE[chip]:
+    if gains(kind):
       return 'mosaic'
-    _say_so(op, kind, chip)
+    where = chip or 'this platform'
+    if chip and kind in NATIVE[chip]:
+      where = 'several devices outside of jax.shard_map'
+    _say_so(op, kind, where)
     return 'xla'
   if implementation == 'mosaic':
     if chip is None:
@@ -98,8 +121,8 @@ def choose(
 
 
 @functools.cache
-def _say_so(op, kind, chip):
+def _say_so(op, kind, where):
   """Once for each of its arguments."""
   logging.getLogger('frugax').warning(
-    '%s: %s products are left to XLA on %s', op, kind, chip or 'this platform'
+    '%s: %s products are left to XLA on %s', op, kind, where
   )

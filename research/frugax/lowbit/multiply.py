@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from frugax.kernels import chips, quantized_matmul
 from frugax.quant import elements
 from frugax.quant.tiles import Tiled, dequantize_tiles
 
@@ -68,6 +69,13 @@ def rows_by_rows(
       a, b, dims, precision, preferred_element_type=jnp.float32
     )
 
+  def rescaled(y):
+    if left_scale is not None:
+      y = y * _among_rows(left_scale, batch_axes, a.ndim, b.ndim)
+    if right_scale is not None:
+      y = y * _among_other_rows(right_scale, batch_axes, a.ndim)
+    return y
+
   if kinds in ({'int8'}, {'float8'}):
     shifts = [_shift(x) for x in (left, right)]
 
@@ -76,24 +84,21 @@ def rows_by_rows(
         x.astype(dtype) + jnp.asarray(shift, dtype)
         for x, shift in zip((a, b), shifts, strict=True)
       )
-      return product(a, b)
+      return rescaled(product(a, b))
 
     def narrow(a, b):
+      kind = _kernel_kind(left, right)
+      if chips.gains(kind):
+        scales = left_scale, right_scale
+        return _by_kernel(a, b, scales, batch_axes, shifts, kind)
       if kinds == {'float8'}:
-        return product(a, b)
-      return _integers(a, b, dims, batch_axes, *shifts)
+        return rescaled(product(a, b))
+      return rescaled(_integers(a, b, dims, batch_axes, *shifts))
 
     if native is None:
-      y = lax.platform_dependent(a, b, cpu=wide, default=narrow)
-    else:
-      y = narrow(a, b) if native else wide(a, b)
-  else:
-    y = product(a, b)
-  if left_scale is not None:
-    y = y * _among_rows(left_scale, batch_axes, a.ndim, b.ndim)
-  if right_scale is not None:
-    y = y * _among_other_rows(right_scale, batch_axes, a.ndim)
-  return y
+      return lax.platform_dependent(a, b, cpu=wide, default=narrow)
+    return narrow(a, b) if native else wide(a, b)
+  return rescaled(product(a, b))
 
 
 def _kind(q):
@@ -125,6 +130,34 @@ def _apart(x, dtype, kinds):
   # Without the scale of scales the rest is exact in bfloat16.
   inner = dataclasses.replace(x, tensor=None)
   return dequantize_tiles(inner, dtype), x.tensor
+
+
+def _kernel_kind(left, right):
+  """What the kernels call products of these formats."""
+  formats = [elements.element(x.format) for x in (left, right)]
+  if formats[0].dtype != 'int8':
+    return 'float8'
+  return 'int4' if all(f.bits <= 4 for f in formats) else 'int8'
+
+
+def _by_kernel(a, b, scales, batch, shifts, kind):
+  """The product with its scales, its rows and other rows as one axis each."""
+  stacked = a.shape[:batch]
+  shape = (*a.shape[:-1], *b.shape[batch:-1])
+  flat = []
+  for x, scale in zip((a, b), scales, strict=True):
+    scale = jnp.broadcast_to(scale, (*x.shape[:-1], 1))
+    flat.append(scale.reshape(*stacked, -1))
+  a, b = (x.reshape(*stacked, -1, x.shape[-1]) for x in (a, b))
+  if kind == 'int4':
+    a, b = a.astype(jnp.int4), b.astype(jnp.int4)
+
+  def product(a, b, s, t):
+    return quantized_matmul(a, b, s, t, layout='NT', shifts=tuple(shifts))
+
+  for _ in range(batch):
+    product = jax.vmap(product)
+  return product(a, b, *flat).reshape(shape)
 
 
 def _integers(a, b, dims, batch, left_shift, right_shift):

@@ -39,7 +39,8 @@ def quantized_matmul(
   `implementation=None` takes the kernel where the chip gains by it: int8 and
   int4 on v5e, v5p and v6e, 8-bit floats, int4 and float4 on tpu7x, integers as
   weights on all of these. Elsewhere XLA computes the same, and a warning of the
-  logger 'frugax' says so once.
+  logger 'frugax' says so once; so it does on several devices, over which a
+  kernel is cut by `jax.shard_map` alone (with check_vma=False).
 
   Args:
     a: (M, K), or (K, M) in layout 'TN'.

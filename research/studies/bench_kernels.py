@@ -5,9 +5,12 @@
 
 Cycles of the compiler's own schedule (`static_cycles.py`), which are estimates
 and never measured times, as ratios to a plain bfloat16 Pallas product of the
-same shape with the best of a few tiles. Operands are 4096 x 4096, or the right
-one 16384 wide; x arrives in bfloat16 and its rounding and rotation count, the
-other operand is codes already. A layer is three products: forward 'NN', the
+same shape with the best of a few tiles. Operands are 1024 x 4096 and 4096 x
+4096, or 4096 x 16384: one block of x's rows, where nothing hides the copy of
+the first, so that with more rows the ratios are higher. (Of kernels with a row
+in registers and several blocks of rows the profile takes tens of GB.) x arrives
+in bfloat16 and its rounding and rotation count, the other operand is codes
+already. A layer is three products: forward 'NN', the
 input's gradient 'NT' and the weights' 'TN', each rounding the bfloat16 array
 that arrives, the last with the activations' codes of the first and their scales
 folded into it. Each row is a process of its own, of up to some minutes.
@@ -20,7 +23,7 @@ import pathlib
 import subprocess
 import sys
 
-_N, _WIDE = 4096, 16384
+_M, _N, _WIDE = 1024, 4096, 16384
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,15 +109,15 @@ def _kernel(name, n):
   from frugax import kernels
   from frugax.quant import Scaling
 
-  square, wide = (_N, _N), (_N, n)
-  x, line = (square, jnp.bfloat16), ((n,), jnp.float32)
+  left, right = (_M, _N), (_N, n)
+  x, line = (left, jnp.bfloat16), ((n,), jnp.float32)
   if name in ('e4m3', 'plain int8'):
     dtype = jnp.float8_e4m3fn if name == 'e4m3' else jnp.int8
     fn = functools.partial(
       kernels.quantized_matmul, dtype=jnp.bfloat16, implementation='mosaic'
     )
-    scales = [((_N,), jnp.float32), line]
-    return fn, [(square, dtype), (wide, dtype), *scales]
+    scales = [((_M,), jnp.float32), line]
+    return fn, [(left, dtype), (right, dtype), *scales]
   fused = functools.partial(kernels.quantize_matmul, implementation='mosaic')
   if name.startswith('rise'):
     # As QuEST rounds; its constants do not change the cycles.
@@ -126,16 +129,16 @@ def _kernel(name, n):
       w_shift=0.5,
     )
     codes = jnp.int4 if name == 'rise4' else jnp.int8
-    return fn, [x, (wide, codes), line]
+    return fn, [x, (right, codes), line]
   format, layout = name.split()
   fn = functools.partial(fused, format=format, layout=layout)
   codes = jnp.int4 if format == 'int4' else jnp.int8
   if layout == 'TN':
     return (
       lambda x, w, fold: fn(x, w, fold=fold),
-      [(wide, jnp.bfloat16), (square, codes), ((_N,), jnp.float32)],
+      [((_N, _M), jnp.bfloat16), (right, codes), ((_N,), jnp.float32)],
     )
-  return fn, [x, (wide, codes), line]
+  return fn, [x, (right, codes), line]
 
 
 def _count(chip, name, n):
@@ -144,7 +147,7 @@ def _count(chip, name, n):
 
   if name.startswith('bf16'):
     tiles = _TILES[int(name.split()[1])]
-    fn, operands = _bfloat16(_N, n, _N, tiles)
+    fn, operands = _bfloat16(_M, n, _N, tiles)
   else:
     fn, operands = _kernel(name, n)
   # All that is beside the kernel counts, too.

@@ -80,11 +80,12 @@ def test_constants(format, value):
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_makes_its_block_nan(bad):
-  x = np.ones(600, np.float32)
-  x[300] = bad
-  got = np.asarray(quant.dequantize(quant.quantize(jnp.asarray(x), 'int8')))
-  assert np.isnan(got[256:512]).all()
-  assert np.isfinite(got[:256]).all() and np.isfinite(got[512:]).all()
+  for size in (600, 10_000):
+    x = np.ones(size, np.float32)
+    x[300] = bad
+    got = np.asarray(quant.dequantize(quant.quantize(jnp.asarray(x), 'int8')))
+    assert np.isnan(got[256:512]).all()
+    assert np.isfinite(got[:256]).all() and np.isfinite(got[512:]).all()
 
 
 def test_values_below_float32_become_zero():

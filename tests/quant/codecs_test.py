@@ -215,10 +215,12 @@ def test_zeros_and_constants(name, value):
 @pytest.mark.parametrize('bad', [jnp.nan, jnp.inf, -jnp.inf])
 def test_what_is_not_finite_shows(name, bad):
   """In its block, and nowhere else."""
-  x = jax.random.normal(jax.random.key(0), (4, 256)).at[1, 3].set(bad)
-  got = decode(encode(x, Codec(name, 256)))
-  assert not jnp.isfinite(got[1]).any()
-  assert jnp.isfinite(got[jnp.array([0, 2, 3])]).all()
+  # XLA's maximum on CPUs loses a NaN in an array of some size.
+  for rows in (4, 40):
+    x = jax.random.normal(jax.random.key(0), (rows, 256)).at[1, 3].set(bad)
+    got = decode(encode(x, Codec(name, 256)))
+    assert not jnp.isfinite(got[1]).any()
+    assert jnp.isfinite(jnp.delete(got, 1, axis=0)).all()
 
 
 @pytest.mark.parametrize('name', MAPS)

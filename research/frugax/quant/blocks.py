@@ -140,7 +140,7 @@ def quantize(
   # Divided before subtracted: the range may be beyond float32.
   step = jnp.maximum(
     high / steps - low / steps,
-    jnp.maximum(jnp.abs(low), jnp.abs(high)) / _FAR,
+    groups.maximum(jnp.abs(x), -1) / _FAR,
   )
   step = jnp.maximum(step, jnp.finfo(jnp.float32).tiny)
   scales = _round_up(jnp.where(jnp.isfinite(step), step, jnp.nan))

@@ -4,11 +4,37 @@ import jax
 import jax.numpy as jnp
 
 
+def maximum(
+  x: jax.Array, axes: int | tuple[int, ...], keepdims: bool = False
+) -> jax.Array:
+  """`jnp.max` of float32 that keeps a positive NaN, as XLA's on CPUs does not.
+
+  Examples:
+    >>> print(maximum(jnp.array([1.0, jnp.nan, 2.0]), 0))
+    nan
+  """
+  return _number(jnp.max(_ordered(x), axes, keepdims=keepdims))
+
+
+def _ordered(x):
+  """Integers in the order of the numbers: zeros, infinity, NaN go up."""
+  return _flip(jax.lax.bitcast_convert_type(x, jnp.int32))
+
+
+def _number(x):
+  return jax.lax.bitcast_convert_type(_flip(x), jnp.float32)
+
+
+def _flip(bits):
+  """Of negative numbers the more negative have the greater bits."""
+  return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
 def largest(x: jax.Array, group: int) -> jax.Array:
-  """The largest number of each group; NaN if there is one.
+  """The largest number of each group; NaN if there is a positive one.
 
   Args:
-    x: (*rows, n), floating-point.
+    x: (*rows, n), float32.
     group: elements a group.
 
   Returns:
@@ -22,13 +48,14 @@ def largest(x: jax.Array, group: int) -> jax.Array:
   whole = size // group
 
   def reshaped(x):
-    return jnp.max(x.reshape(*rows, whole, group), axis=-1)
+    return maximum(x.reshape(*rows, whole, group), -1)
 
   def windows(x):
     shape = *[1] * len(rows), group
-    return jax.lax.reduce_window(
-      x, jnp.array(-jnp.inf, x.dtype), jax.lax.max, shape, shape, 'VALID'
+    most = jax.lax.reduce_window(
+      _ordered(x), jnp.int32(-(2**31)), jax.lax.max, shape, shape, 'VALID'
     )
+    return _number(most)
 
   # The rest is reduced on its own: padding would be a copy of the array.
   parts = []
@@ -41,7 +68,7 @@ def largest(x: jax.Array, group: int) -> jax.Array:
       )
     )
   if size % group:
-    parts.append(jnp.max(x[..., whole * group :], axis=-1)[..., None])
+    parts.append(maximum(x[..., whole * group :], -1, True))
   return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from frugax import names
-from frugax.quant import elements
+from frugax.quant import elements, groups
 from frugax.quant.qtensor import QTensor
 from frugax.quant.rounding import random_bits
 
@@ -367,7 +367,7 @@ def _scales(t, view, scaling, element):
   """The scales to store, and that of the matrix if there is one."""
   size = jnp.abs(t)
   if scaling.statistic == 'absmax':
-    statistic = size.max(view.within, keepdims=True)
+    statistic = groups.maximum(size, view.within, keepdims=True)
   elif scaling.statistic == 'median':
     statistic = jnp.median(size, view.within, keepdims=True)
   else:
@@ -381,7 +381,7 @@ def _scales(t, view, scaling, element):
   step = alpha * np.float32(1 / element.top)
   if scaling.scale == 'nv':
     axes = tuple(range(view.batch, t.ndim))
-    tensor = step.max(axes, keepdims=True) * np.float32(1 / _NV.top)
+    tensor = groups.maximum(step, axes, keepdims=True) * np.float32(1 / _NV.top)
     tensor = jnp.maximum(tensor, _TINY)
     scales = _NV.round(step / tensor)
     return _NV.encode(scales), tensor

@@ -170,14 +170,17 @@ def cycles(chip, name, n):
 
 def baseline(chip, n):
   """Of bfloat16, by the tiles that are the best at the smaller size."""
-  return cycles(chip, f'bf16 {_best_tiles(chip)}', n)
+  tiles = _best_tiles(chip)
+  return None if tiles is None else cycles(chip, f'bf16 {tiles}', n)
 
 
 @functools.cache
 def _best_tiles(chip):
   found = [cycles(chip, f'bf16 {i}', _N) for i in range(len(_TILES))]
   return min(
-    (i for i, c in enumerate(found) if c is not None), key=found.__getitem__
+    (i for i, c in enumerate(found) if c is not None),
+    key=found.__getitem__,
+    default=None,
   )
 
 

@@ -1,6 +1,6 @@
 """Block sizes of the kernels, for each chip: one table for all of them.
 
-Chosen by the static cycle counts of `make bench-kernels`, at 4096^3.
+Chosen by static cycle counts for v5e (`make bench-kernels`), not for each chip.
 """
 
 from typing import NamedTuple

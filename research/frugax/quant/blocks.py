@@ -139,11 +139,12 @@ def quantize(
   low, high = x.min(-1), x.max(-1)
   # Divided before subtracted: the range may be beyond float32.
   step = jnp.maximum(
-    high / steps - low / steps,
-    groups.maximum(jnp.abs(x), -1) / _FAR,
+    high / steps - low / steps, jnp.maximum(-low, high) / _FAR
   )
   step = jnp.maximum(step, jnp.finfo(jnp.float32).tiny)
-  scales = _round_up(jnp.where(jnp.isfinite(step), step, jnp.nan))
+  # Seen in the numbers: XLA's extremes need not keep a NaN on CPUs.
+  finite = jnp.isfinite(x).all(-1)
+  scales = _round_up(jnp.where(finite, step, jnp.nan))
   step = scales.astype(jnp.float32)
   codes = x / step[..., None]
   if key is None:

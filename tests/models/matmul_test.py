@@ -12,8 +12,9 @@ TOKENS = jnp.arange(12).reshape(1, 12)
 LAYERS = 3
 
 
-def model(**fields):
-  return llama.Llama(llama.config('tiny', n_layers=LAYERS, **fields))
+def model(wrap=None, **fields):
+  config = llama.config('tiny', n_layers=LAYERS, **fields)
+  return llama.Llama(config, wrap=wrap)
 
 
 PARAMS = model().init(jax.random.key(0))
@@ -127,6 +128,37 @@ def kept(**fields):
     lambda layer, x: jax.vjp(lambda x: low.block(layer, x), x)[1], layer, x
   )
   return [(a.size, a.dtype.itemsize) for a in jax.tree.leaves(back)]
+
+
+def test_one_copy_of_codes_stays_of_linears_with_one_input():
+  """Of q, k and v one instead of three, of gate and up one instead of two."""
+  width = 32 * 128  # all but down's input
+
+  def copies(**fields):
+    return kept(**fields).count((width, 1))
+
+  assert copies(matmul='int8', wrap=lambda path, dot: dot) == 3 + 1 + 2
+  assert copies(matmul='int8') == 1 + 1 + 1
+  # Others' recipes: of v, then of all that is not up.
+  assert copies(matmul='int8', matmul_rules=[['attn/v', 'halo0']]) == 2 + 1 + 1
+  assert copies(matmul='int8', matmul_rules=[['up$', 'none']]) == 1 + 1 + 1
+
+
+def test_linears_with_one_input_give_what_they_give_alone():
+  """Some together, some by rules of their own."""
+  rules = [['attn/k', 'e4m3'], ['mlp/up', 'none']]
+
+  def gradients(**options):
+    low = model(matmul=LOW, matmul_rules=rules, remat='full', **options)
+
+    def loss(params):
+      return jnp.sum(jnp.cos(low.apply(params, TOKENS)))
+
+    return jax.jit(jax.value_and_grad(loss))(PARAMS)
+
+  got, want = gradients(), gradients(wrap=lambda path, dot: dot)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
 
 
 def test_norms_and_swiglu_keep_what_the_flow_says():

@@ -51,10 +51,11 @@ def gains(kind: str) -> bool:
   unless it is traced inside `jax.shard_map` over all of the mesh's axes.
   """
   chip = current()
-  return chip is not None and kind in NATIVE[chip] and _uncut()
+  return chip is not None and kind in NATIVE[chip] and uncut()
 
 
-def _uncut():
+def uncut() -> bool:
+  """Whether what is traced runs on one device, or on a device's own part."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return jax.device_count() == 1

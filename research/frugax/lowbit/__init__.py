@@ -1,7 +1,7 @@
 """Matrix products in few bits, as replacements of `jax.lax.dot_general`."""
 
 from frugax.lowbit.flow import FLOWS, Flow, flow, keep_in_few_bits
-from frugax.lowbit.linear import dot_general
+from frugax.lowbit.linear import dot_general, dot_generals
 from frugax.lowbit.operands import Operand, Product, Recipe, Rotation
 from frugax.lowbit.recipes import RECIPES, recipe
 from frugax.lowbit.stored import attach, load_weights, store_weights
@@ -16,6 +16,7 @@ __all__ = [
   'Rotation',
   'attach',
   'dot_general',
+  'dot_generals',
   'flow',
   'keep_in_few_bits',
   'load_weights',

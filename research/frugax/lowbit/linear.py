@@ -2,13 +2,17 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+import math
+import operator
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from frugax.kernels import chips
 from frugax.lowbit import matrices, multiply
 from frugax.lowbit.keys import operand_keys
 from frugax.lowbit.operands import Recipe
@@ -60,38 +64,104 @@ def dot_general(
     [[64.]
      [64.]]
   """
-  if dataclasses.replace(recipe, weights='none', flow='none') == Recipe():
+  if _is_plain(recipe):
     return lax.dot_general
 
-  def dot(
-    lhs,
-    rhs,
-    dimension_numbers,
-    precision=None,
-    preferred_element_type=None,
-    *,
-    out_sharding=None,
-  ):
-    if out_sharding is not None:
-      raise ValueError(
-        'low-bit products take no out_sharding: constrain the result with '
-        'jax.lax.with_sharding_constraint'
-      )
-    for x in (lhs, rhs):
-      if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(
-          f'low-bit products take floating-point arrays, not {x.dtype}'
-        )
-    (lc, rc), (lb, rb) = dimension_numbers
-    dtype = jnp.promote_types(lhs.dtype, rhs.dtype)
-    layer = _Layer(
-      recipe, len(lb), dtype, native, precision, preferred_element_type
-    )
-    return _linear(
-      layer, matrices.view(lhs, lb, lc), matrices.view(rhs, rb, rc), key
-    )
+  def dot(lhs, rhs, *args, **kwargs):
+    return _products(recipe, key, native, lhs, (rhs,), *args, **kwargs)[0]
 
   return dot
+
+
+def dot_generals(
+  recipe: Recipe, key: jax.Array | None = None, native: bool | None = None
+) -> Callable[..., tuple[jax.Array, ...]]:
+  r"""Several linear layers of the same activations, such as q, k and v.
+
+  .. math::
+    y_i = \langle x \rangle \langle w_i \rangle, \qquad
+    \bar x = \sum_i \langle \bar y_i \rangle \langle w_i^T \rangle, \qquad
+    \bar w_i = \langle x^T \rangle \langle \bar y_i \rangle
+
+  The numbers are those of `dot_general` for each of the weights, to within the
+  order of sums: every weight and every gradient has scales of its own, those
+  for a whole matrix included. But the activations are rounded once, and one
+  copy of their codes (and of their mask) stays for the backward pass.
+
+  Where nothing is cut over devices, the forward product is one, as wide as all
+  weights, if their scales let them lie one below the other: with one a row, one
+  for all, or one for a group of a row. On a mesh, where weights would have to
+  change places for that, each has its own product with the same codes. So have
+  the gradients, which contract over the units of one weight, or round what they
+  multiply with for each of the gradients.
+
+  Args:
+    recipe: as in `dot_general`. With `fuse=False` every weight is a layer of
+      its own.
+    key: as in `dot_general`.
+    native: as in `dot_general`.
+
+  Returns:
+    A function like `jax.lax.dot_general` whose right operand is a sequence of
+    weights, with the same dimension numbers, and whose result is a tuple.
+
+  Examples:
+    >>> from frugax import lowbit
+    >>> dots = lowbit.dot_generals(lowbit.recipe('int8'))
+    >>> x, w = jnp.ones((2, 3)), jnp.array([[-64.], [1.4], [127.]])
+    >>> y, z = dots(x, (w, jnp.ones((3, 5))), (((1,), (0,)), ((), ())))
+    >>> print(y.round(1).ravel(), z.shape)
+    [64. 64.] (2, 5)
+
+  References:
+    Xi et al., `COAT: Compressing Optimizer States and Activation for
+    Memory-Efficient FP8 Training <https://arxiv.org/abs/2410.19313>`_, 2024
+    (what is saved of activations, and how often)
+  """
+  if recipe.fuse and not _is_plain(recipe):
+    return functools.partial(_products, recipe, key, native)
+  dot = dot_general(recipe, key, native)
+
+  def dots(lhs, rhs, *args, **kwargs):
+    return tuple(dot(lhs, w, *args, **kwargs) for w in rhs)
+
+  return dots
+
+
+def _is_plain(recipe):
+  bare = dataclasses.replace(recipe, weights='none', flow='none', fuse=True)
+  return bare == Recipe()
+
+
+def _products(
+  recipe,
+  key,
+  native,
+  lhs: jax.Array,
+  rhs: Sequence[jax.Array],
+  dimension_numbers,
+  precision=None,
+  preferred_element_type=None,
+  *,
+  out_sharding=None,
+):
+  if out_sharding is not None:
+    raise ValueError(
+      'low-bit products take no out_sharding: constrain the result with '
+      'jax.lax.with_sharding_constraint'
+    )
+  for x in (lhs, *rhs):
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise ValueError(
+        f'low-bit products take floating-point arrays, not {x.dtype}'
+      )
+  (lc, rc), (lb, rb) = dimension_numbers
+  dtype = jnp.result_type(lhs.dtype, *(w.dtype for w in rhs))
+  layer = _Layer(
+    recipe, len(lb), dtype, native, precision, preferred_element_type
+  )
+  ws = tuple(matrices.view(w, rb, rc) for w in rhs)
+  return _linear(layer, matrices.view(lhs, lb, lc), ws, key)
 
 
 class _Layer(NamedTuple):
@@ -109,28 +179,47 @@ class _Layer(NamedTuple):
       left, right, self.batch, self.dtype, self.native, self.precision
     )
 
+  def multiply_all(self, left, rights):
+    """By each of the rights, in one product where they can be as one."""
+    wide = None
+    if len(rights) > 1 and chips.uncut():
+      wide = matrices.one_below_the_other(rights, self.batch)
+    if wide is None:
+      return [self.multiply(left, right) for right in rights]
+    units = [right.shape[self.batch : -1] for right in rights]
+    ends = list(itertools.accumulate(math.prod(n) for n in units))
+    parts = jnp.split(self.multiply(left, wide), ends[:-1], -1)
+    return [
+      part.reshape(*part.shape[:-1], *n)
+      for part, n in zip(parts, units, strict=True)
+    ]
+
 
 # Of views alone: transposes and reshapes around it differentiate themselves.
-# x is (*batch, *rows, columns), w (*batch, *units, columns), and the result
-# (*batch, *rows, *units).
+# x is (*batch, *rows, columns), each w of ws (*batch, *units, columns), and the
+# results (*batch, *rows, *units).
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(layer, x, w, key):
-  return _forward(layer, x, w, key)[0]
+def _linear(layer, x, ws, key):
+  return _forward(layer, x, ws, key)[0]
 
 
-def _forward(layer, x, w, key):
+def _forward(layer, x, ws, key):
   product = layer.recipe.forward
-  keys = operand_keys(key, 0, x, w)
-  left, left_mask = _rounded(layer, product, 'left', x, keys[0])
-  right, _ = _rounded(layer, product, 'right', w, keys[1])
-  y = layer.multiply(left, right)
-  y = _result(layer, product, 3, y, key)
-  return y.astype(layer.preferred or layer.dtype), _residuals(
-    layer, x, w, key, left, left_mask
+  left, left_mask = _rounded(
+    layer, product, 'left', x, operand_keys(key, 0, x, x)[0]
   )
+  rights = [
+    _rounded(layer, product, 'right', w, operand_keys(key, 0, w, w)[1])[0]
+    for w in ws
+  ]
+  ys = tuple(
+    _result(layer, product, 3, y, key).astype(layer.preferred or layer.dtype)
+    for y in layer.multiply_all(left, rights)
+  )
+  return ys, _residuals(layer, x, ws, key, left, left_mask)
 
 
-def _residuals(layer, x, w, key, left, mask):
+def _residuals(layer, x, ws, key, left, mask):
   recipe = layer.recipe
   operand, rotation = recipe.weight_grad.right, recipe.weight_grad.rotation
   fresh = rotation is not None and rotation.signs == 'fresh'
@@ -141,16 +230,16 @@ def _residuals(layer, x, w, key, left, mask):
   else:
     coded = None
   if recipe.residuals == 'arrays' or coded is None:
-    return x, w, key
+    return x, ws, key
   if mask is not None:
     mask = elements.pack(mask, 1)
   # An array of no elements brings x's shape and dtype along.
-  return (coded, mask, jnp.zeros((0, *x.shape), x.dtype)), w, key
+  return (coded, mask, jnp.zeros((0, *x.shape), x.dtype)), ws, key
 
 
-def _backward(layer, residuals, g):
-  kept, w, key = residuals
-  recipe, batch = layer.recipe, layer.batch
+def _backward(layer, residuals, gs):
+  kept, ws, key = residuals
+  recipe = layer.recipe
   if isinstance(kept, tuple):
     coded, mask, like = kept
     shape, dtype = like.shape[1:], like.dtype
@@ -160,17 +249,36 @@ def _backward(layer, residuals, g):
   else:
     coded, shape, dtype = None, kept.shape, kept.dtype
     forward_x, mask = _rounded(
-      layer, recipe.forward, 'left', kept, operand_keys(key, 0, kept, w)[0]
+      layer, recipe.forward, 'left', kept, operand_keys(key, 0, kept, kept)[0]
     )
-  forward_w, w_mask = _rounded(
-    layer, recipe.forward, 'right', w, operand_keys(key, 0, w, w)[1]
-  )
-  g = g.astype(layer.dtype)
-  rows = len(shape) - 1  # axes of g before the units
-
-  # Of x: g (*batch, *rows, units) by w (*batch, columns, units).
+  dxs, dws = [], []
+  for w, g in zip(ws, gs, strict=True):
+    forward_w, w_mask = _rounded(
+      layer, recipe.forward, 'right', w, operand_keys(key, 0, w, w)[1]
+    )
+    g = g.astype(layer.dtype)
+    dx = _input_grad(layer, g, w, forward_w, len(shape) - 1, key)
+    dxs.append(dx.reshape(shape))
+    if recipe.weight_grad.right.source == 'forward':
+      right = matrices.as_array(forward_x, dtype)
+    else:
+      right = kept if coded is None else coded
+    dw = _weight_grad(layer, g, w, right, w_mask, len(shape) - 1, key)
+    dws.append(dw.astype(w.dtype))
   product = recipe.input_grad
-  own, rotation = product.right.source == 'array', product.rotation
+  own, rotation = product.right.source == 'array', recipe.forward.rotation
+  if product.result.format is None:  # rotating the sum is enough
+    dxs = [functools.reduce(operator.add, dxs)]
+  dxs = [_unturned(rotation, dx, mask, own) for dx in dxs]
+  dxs = [_result(layer, product, 4, dx, key) for dx in dxs]
+  dx = functools.reduce(operator.add, dxs)
+  return dx.astype(dtype), tuple(dws), None
+
+
+def _input_grad(layer, g, w, forward_w, rows, key):
+  """g (*batch, *rows, units) by w (*batch, columns, units)."""
+  product, batch = layer.recipe.input_grad, layer.batch
+  rotation = product.rotation
   left = matrices.merge(g, rows)
   along_rows = rotation is not None and rotation.along == 'rows'
   if along_rows:
@@ -180,43 +288,39 @@ def _backward(layer, residuals, g):
   if along_rows:
     left = matrices.rotate(left, rotation, signs, axis=-2)
   left, _ = matrices.rounded(
-    product.left, matrices.turned(left, rotation, signs), layer.batch, key_g
+    product.left, matrices.turned(left, rotation, signs), batch, key_g
   )
+  own = product.right.source == 'array'
   right = w if own else matrices.as_array(forward_w, w.dtype)
   right = jnp.moveaxis(right, -1, batch)
   right = matrices.turned(matrices.merge(right, batch + 1), rotation, signs)
-  right, _ = matrices.rounded(product.right, right, layer.batch, key_w)
+  right, _ = matrices.rounded(product.right, right, batch, key_w)
   dx = layer.multiply(left, right)
   if along_rows:
     dx = matrices.rotate(dx, rotation, signs, axis=-2, inverse=True)
-  dx = _unturned(recipe.forward.rotation, dx.reshape(shape), mask, own)
-  dx = _result(layer, product, 4, dx, key)
+  return dx
 
-  # Of w: g (*batch, *units, rows) by x (*batch, columns, rows).
-  product = recipe.weight_grad
-  own = product.right.source == 'array'
+
+def _weight_grad(layer, g, w, x, mask, rows, key):
+  """g (*batch, *units, rows) by x (*batch, columns, rows).
+
+  x is a Tiled that is ready to be multiplied, or an array (*batch, *rows,
+  columns) to be rounded here.
+  """
+  product, batch = layer.recipe.weight_grad, layer.batch
   left = matrices.tokens_last(g, batch, rows)
   key_g, _ = operand_keys(key, 2, left, left)
   signs = None
   if product.rotation and product.rotation.signs == 'fresh':
     signs = key_g
   left = matrices.turned(left, product.rotation, signs)
-  left, _ = matrices.rounded(product.left, left, layer.batch, key_g)
-  if own and coded is not None:
-    right = coded
-  elif own:
-    right = _weight_grad_right(layer, kept, signs, key)
-  else:
-    right = matrices.as_array(forward_x, dtype)
-    right = matrices.columns_first(right, batch)
-    right = matrices.turned(right, product.rotation, signs)
-    right, _ = matrices.rounded(
-      product.right, right, layer.batch, operand_keys(key, 2, w, w)[1]
-    )
-  dw = layer.multiply(left, right)
-  dw = _unturned(recipe.forward.rotation, dw.reshape(w.shape), w_mask, own)
-  dw = _result(layer, product, 5, dw, key)
-  return dx.astype(dtype), dw.astype(w.dtype), None
+  left, _ = matrices.rounded(product.left, left, batch, key_g)
+  if not isinstance(x, Tiled):
+    x = _weight_grad_right(layer, x, signs, key)
+  dw = layer.multiply(left, x).reshape(w.shape)
+  own = product.right.source == 'array'
+  dw = _unturned(layer.recipe.forward.rotation, dw, mask, own)
+  return _result(layer, product, 5, dw, key)
 
 
 _linear.defvjp(_forward, _backward)

@@ -186,6 +186,9 @@ class Recipe:
       and trained, see `frugax.lowbit.store_weights`; 'none' for arrays.
     flow: what norms and activation functions between such layers do to their
       inputs, a name in `frugax.lowbit.FLOWS`.
+    fuse: linears of the same activations round and keep them once, and are one
+      wide product where they can be, see `frugax.lowbit.dot_generals`. The
+      numbers are the same.
 
   Raises:
     ValueError: an unknown name, or a field that has no meaning where it stands.
@@ -197,6 +200,7 @@ class Recipe:
   residuals: str = 'codes'
   weights: str = 'none'
   flow: str = 'none'
+  fuse: bool = True
 
   def __post_init__(self):
     if self.weights not in ('none', *AFFINE):

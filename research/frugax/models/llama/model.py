@@ -7,23 +7,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from frugax import lowbit
+from frugax.models.llama import linears
 from frugax.models.llama.axes import axes
 from frugax.models.llama.config import LlamaConfig
 from frugax.models.llama.inputs import check
+from frugax.models.llama.linears import Linears
 from frugax.models.llama.rotary import rotate
 
 Params = dict
-
-_SAVED = 'linear'
 
 _POLICIES = {
   'full': jax.checkpoint_policies.nothing_saveable,
   'dots': jax.checkpoint_policies.checkpoint_dots,
   'dots_no_batch': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-  'linears': jax.checkpoint_policies.save_only_these_names(_SAVED),
+  'linears': jax.checkpoint_policies.save_only_these_names(linears.SAVED),
 }
 
 
@@ -31,20 +30,8 @@ def _identity(x, names):
   return x
 
 
-def _plain(path):
-  return lax.dot_general
-
-
 def _operation(function):
   return lambda inputs, others=(): function(*inputs, *others)
-
-
-def _normal(std):
-  # Drawn in float32 and then rounded: a bfloat16 draw has 128 distinct values.
-  def init(key, shape, dtype):
-    return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
-
-  return init
 
 
 class RMSNorm(nn.Module):
@@ -72,29 +59,7 @@ class RMSNorm(nn.Module):
     return self.operation(normalize)((x,), (scale,))
 
 
-class _Linears(nn.Module):
-  """Base of the modules whose matmuls go through `product(path)`."""
-
-  config: LlamaConfig
-  product: Callable
-  constrain: Callable
-
-  def linear(self, name, x, features, axis=-1):
-    config = self.config
-    y = nn.DenseGeneral(
-      features,
-      axis=axis,
-      use_bias=False,
-      dtype=jnp.dtype(config.dtype),
-      param_dtype=jnp.dtype(config.param_dtype),
-      kernel_init=_normal(config.init_std),
-      dot_general=self.product(f'{self.name}/{name}'),
-      name=name,
-    )(x)
-    return checkpoint_name(y, _SAVED)
-
-
-class Attention(_Linears):
+class Attention(Linears):
   """Causal grouped-query attention with rotary positions."""
 
   @nn.compact
@@ -102,9 +67,9 @@ class Attention(_Linears):
     config, constrain = self.config, self.constrain
     head_names = ('batch', 'sequence', 'act_heads', 'head_dim')
     kv_names = ('batch', 'kv_sequence', 'act_kv_heads', 'head_dim')
-    q = self.linear('q', x_BxTxD, (config.n_heads, config.d_head))
-    k = self.linear('k', x_BxTxD, (config.n_kv_heads, config.d_head))
-    v = self.linear('v', x_BxTxD, (config.n_kv_heads, config.d_head))
+    heads = (config.n_heads, config.d_head)
+    kv_heads = (config.n_kv_heads, config.d_head)
+    q, k, v = self.linears(x_BxTxD, {'q': heads, 'k': kv_heads, 'v': kv_heads})
     q = constrain(rotate(q, positions, config.rope_theta), head_names)
     k = constrain(rotate(k, positions, config.rope_theta), kv_names)
     v = constrain(v, kv_names)
@@ -113,28 +78,28 @@ class Attention(_Linears):
       mask = segment_ids_BxT[:, None, :, None] == segment_ids_BxT[:, None, None]
     y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
     y = constrain(y, head_names)
-    return self.linear('o', y, config.dim, axis=(-2, -1))
+    return self.linears(y, {'o': (config.dim,)}, axes=2)[0]
 
 
-class Mlp(_Linears):
+class Mlp(Linears):
   """SwiGLU: `down(silu(gate(x)) * up(x))`."""
 
   operation: Callable = _operation
 
   @nn.compact
   def __call__(self, x_BxTxD):
-    gate = self.linear('gate', x_BxTxD, self.config.ffn)
-    up = self.linear('up', x_BxTxD, self.config.ffn)
+    ffn = (self.config.ffn,)
+    gate, up = self.linears(x_BxTxD, {'gate': ffn, 'up': ffn})
     hidden = self.operation(lambda gate, up: nn.silu(gate) * up)((gate, up))
     hidden = self.constrain(hidden, ('batch', 'sequence', 'act_mlp'))
-    return self.linear('down', hidden, self.config.dim)
+    return self.linears(hidden, {'down': (self.config.dim,)})[0]
 
 
 class Block(nn.Module):
   """One layer: attention and MLP, each on a norm and added to the stream."""
 
   config: LlamaConfig
-  product: Callable = _plain  # of a linear's path: its dot_general
+  product: Callable = linears.plain  # of the paths of linears of one input
   constrain: Callable = _identity
   operation: Callable = _operation  # of a function: what norms and SwiGLU call
 
@@ -179,7 +144,9 @@ class Llama:
       `matmul_rules`, `matmul_exempt`). The head and the embedding stay out of
       it.
     wrap: called with the path of a linear that a recipe computes, 'attn/q' or
-      'lm_head', and with its dot_general; returns the one to be used.
+      'lm_head', and with its dot_general; returns the one to be used. Without
+      it, those of one input and one recipe (q, k and v; gate and up) round and
+      keep it together, see `frugax.lowbit.dot_generals`.
     constrain: called as `constrain(x, names)` on activations, and on the
       embedding before its look-up; returns `x` with a sharding. The model
       knows names, not meshes: 'batch', 'sequence', 'kv_sequence', 'act_embed',
@@ -214,15 +181,10 @@ class Llama:
     config: LlamaConfig,
     *,
     dot_general: Callable | None = None,
-    wrap: Callable = lambda path, dot: dot,
+    wrap: Callable | None = None,
     constrain: Callable = _identity,
   ):
-    def product(path):
-      if dot_general is not None:
-        return dot_general
-      recipe = lowbit.recipe(config.recipe_of(path))
-      return wrap(path, lowbit.dot_general(recipe))
-
+    product = linears.by_recipe(config, dot_general, wrap)
     self.config = config
     self._constrain = constrain
     flow = lowbit.flow(config.flow)
@@ -232,9 +194,9 @@ class Llama:
 
     self._block = Block(config, product, constrain, operation)
     self._exempt = (0, 0) if dot_general else config.matmul_exempt
-    self._exempt_block = Block(config, _plain, constrain)
+    self._exempt_block = Block(config, constrain=constrain)
     head = lowbit.dot_general(lowbit.recipe(config.matmul_head))
-    self._head = wrap('lm_head', head)
+    self._head = head if wrap is None else wrap('lm_head', head)
     self._norm = RMSNorm(config)
     # Once, here: without it, every eager call would compile the scan anew.
     self._jitted = jax.jit(self._forward)
@@ -253,7 +215,7 @@ class Llama:
     """
     config = self.config
     embed_key, layers_key, head_key = jax.random.split(key, 3)
-    normal = _normal(config.init_std)
+    normal = linears.normal(config.init_std)
     dtype = jnp.dtype(config.param_dtype)
     x = jnp.zeros((1, 1, config.dim), config.dtype)
     # Shapes do not depend on dot_general, so a plain block stands in: an

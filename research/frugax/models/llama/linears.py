@@ -1,0 +1,128 @@
+"""The linears of a layer, those of one input computed together."""
+
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from frugax import lowbit
+from frugax.models.llama.config import LlamaConfig
+
+SAVED = 'linear'  # what `remat='linears'` keeps
+
+
+def normal(std):
+  """An initializer."""
+
+  # Drawn in float32 and then rounded: a bfloat16 draw has 128 distinct values.
+  def init(key, shape, dtype):
+    return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+  return init
+
+
+def one_by_one(dots: Sequence[Callable]) -> Callable:
+  """(x, kernels, dimension numbers) -> a product with each, by its own dot."""
+
+  def products(x, kernels, dimension_numbers):
+    return [
+      dot(x, kernel, dimension_numbers)
+      for dot, kernel in zip(dots, kernels, strict=True)
+    ]
+
+  return products
+
+
+def plain(paths):
+  """Products in the dtype of the operands."""
+  return one_by_one([lax.dot_general] * len(paths))
+
+
+def by_recipe(
+  config: LlamaConfig,
+  dot_general: Callable | None = None,
+  wrap: Callable | None = None,
+) -> Callable:
+  """Products as the recipes of the config say: of one recipe, together.
+
+  Args:
+    config: names the recipe of each linear.
+    dot_general: computes all of them in its place, one by one.
+    wrap: (path, dot_general) -> another one; with it they are one by one, too.
+
+  Returns:
+    (paths of linears of the same input) -> what `one_by_one` returns.
+  """
+
+  def product(paths):
+    if dot_general is not None:
+      return one_by_one([dot_general] * len(paths))
+    recipes = [lowbit.recipe(config.recipe_of(path)) for path in paths]
+    if wrap is not None:
+      dots = map(lowbit.dot_general, recipes)
+      return one_by_one(list(map(wrap, paths, dots)))
+
+    def products(x, kernels, dimension_numbers):
+      out = {}
+      for recipe in dict.fromkeys(recipes):
+        where = [i for i, other in enumerate(recipes) if other == recipe]
+        dots = lowbit.dot_generals(recipe)
+        ys = dots(x, [kernels[i] for i in where], dimension_numbers)
+        out |= zip(where, ys, strict=True)
+      return [out[i] for i in range(len(recipes))]
+
+    return products
+
+  return product
+
+
+class _Kernel(nn.Module):
+  """A parameter at the path that `nn.Dense` gives it."""
+
+  config: LlamaConfig
+  shape: tuple[int, ...]
+
+  @nn.compact
+  def __call__(self):
+    config = self.config
+    init, dtype = normal(config.init_std), jnp.dtype(config.param_dtype)
+    return self.param('kernel', init, self.shape, dtype).astype(config.dtype)
+
+
+class Linears(nn.Module):
+  """Base of the modules whose matmuls go through `product(paths)`.
+
+  Attributes:
+    config: the model's.
+    product: gives, for the paths of linears of the same input, a function of
+      the input, their kernels and dimension numbers, that computes them.
+    constrain: see `Llama`.
+  """
+
+  config: LlamaConfig
+  product: Callable
+  constrain: Callable
+
+  def linears(self, x, features, axes=1):
+    """Products of x with a kernel for each name in `features`.
+
+    Args:
+      x: the input, whose last axes are contracted.
+      features: name -> the axes of what the linear gives, as a tuple.
+      axes: how many axes are contracted.
+
+    Returns:
+      A list of arrays.
+    """
+    inputs = x.shape[x.ndim - axes :]
+    kernels = [
+      _Kernel(self.config, (*inputs, *outputs), name=name)()
+      for name, outputs in features.items()
+    ]
+    products = self.product([f'{self.name}/{name}' for name in features])
+    dims = (tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes)))
+    ys = products(x.astype(self.config.dtype), kernels, (dims, ((), ())))
+    return [checkpoint_name(y, SAVED) for y in ys]

@@ -12,19 +12,23 @@ import numpy as np
 import pytest
 
 from frugax import kernels
-from frugax.kernels import blocks, chips
+from frugax.kernels import blocks, chips, products
 from frugax.quant import Scaling, element, hadamard
 
 IMPLEMENTATIONS = {
   'xla': {'implementation': 'xla'},
   'mosaic': {'implementation': 'mosaic', 'interpret': True},
+  'triton': {'implementation': 'triton', 'interpret': True},
 }
+# Simulated thread by thread, which takes a second for each block.
+MOSAIC_GPU = {'implementation': 'mosaic_gpu', 'interpret': True}
 LAYOUTS = ('NN', 'NT', 'TN')
 KINDS = {
   'int8': ('int8', 'int8'),
   'int4': ('int4', 'int4'),
   'int8 x int4': ('int8', 'int4'),
   'e4m3': ('float8_e4m3fn', 'float8_e4m3fn'),
+  'e5m2': ('float8_e5m2', 'float8_e5m2'),
   'e5m2 x e4m3': ('float8_e5m2', 'float8_e4m3fn'),
   'e2m1': ('float4_e2m1fn', 'float4_e2m1fn'),
   'bf16 x int8': ('bfloat16', 'int8'),
@@ -32,6 +36,13 @@ KINDS = {
   'int4 x f32': ('int4', 'float32'),
 }
 each_implementation = pytest.mark.parametrize('name', IMPLEMENTATIONS)
+
+
+def has(name, kind):
+  """Whether it is asked to: of 8-bit floats Triton would make float16."""
+  return name != 'triton' or kind not in ('float8', 'float4')
+
+
 few = hypothesis.settings(deadline=None, max_examples=6, derandomize=True)
 sizes = st.tuples(st.integers(1, 300), st.integers(1, 300), st.integers(1, 400))
 
@@ -43,6 +54,8 @@ def small_blocks():
   small = blocks.Blocks(128, 128, 128)
   patch.setattr(blocks, 'matmul', lambda *_: small)
   patch.setattr(blocks, 'fused', lambda *_: small)
+  for_gpus = blocks.GpuBlocks(128, 128, 128, 8, 2, 2)
+  patch.setattr(blocks, 'gpu_matmul', lambda *_: for_gpus)
   yield
   patch.undo()
 
@@ -85,6 +98,7 @@ def within_rounding(got, want, magnitudes, k, whole):
 
 
 def check_matmul(name, kind, layout, m, n, k, shifts=(0.0, 0.0), known=False):
+  options = MOSAIC_GPU if name == 'mosaic_gpu' else IMPLEMENTATIONS[name]
   shapes = laid_out(layout, m, n, k)
   a, b = (
     numbers(d, *s, seed=i)
@@ -98,7 +112,7 @@ def check_matmul(name, kind, layout, m, n, k, shifts=(0.0, 0.0), known=False):
     kernels.quantized_matmul,
     layout=layout,
     shifts=shifts,
-    **IMPLEMENTATIONS[name],
+    **options,
   )
   got = jax.jit(product)(a, b, s.astype('f'), t[None].astype('f'), sums=sums)
   assert got.shape == (m, n) and got.dtype == jnp.float32
@@ -112,12 +126,15 @@ def check_matmul(name, kind, layout, m, n, k, shifts=(0.0, 0.0), known=False):
 @few
 @hypothesis.given(sizes, st.sampled_from(list(KINDS)), st.sampled_from(LAYOUTS))
 def test_any_shape(name, size, kind, layout):
+  hypothesis.assume(has(name, products.kind(*KINDS[kind])))
   check_matmul(name, kind, layout, *size)
 
 
 @each_implementation
 @pytest.mark.parametrize('kind', KINDS)
 def test_every_kind(name, kind):
+  if not has(name, products.kind(*KINDS[kind])):
+    pytest.skip('no such products')
   layout = LAYOUTS[list(KINDS).index(kind) % 3]
   check_matmul(name, kind, layout, 130, 40, 257)
 
@@ -126,6 +143,19 @@ def test_every_kind(name, kind):
 @pytest.mark.parametrize('kind', ['int4', 'e4m3', 'bf16 x int8'])
 def test_kernels_in_every_layout(kind, layout):
   check_matmul('mosaic', kind, layout, 130, 40, 257)
+
+
+@pytest.mark.parametrize(
+  ('kind', 'layout', 'm', 'n', 'k'),
+  [
+    ('e4m3', 'NT', 130, 40, 150),
+    ('e5m2', 'NN', 5, 130, 300),
+    ('int8', 'TN', 129, 3, 41),
+  ],
+)
+def test_mosaic_gpu(kind, layout, m, n, k):
+  shifts = (0.5, 0.5) if kind == 'int8' else (0.0, 0.0)
+  check_matmul('mosaic_gpu', kind, layout, m, n, k, shifts)
 
 
 @each_implementation
@@ -196,6 +226,10 @@ FORMATS = {
   'fp8_e4m3': Scaling(),
   'fp8_e5m2': Scaling(factor=0.5),
 }
+
+
+def kind_of(format):
+  return 'float8' if format.startswith('fp8') else 'int8'
 
 
 def statistic(v, scaling):
@@ -273,12 +307,15 @@ def check_fused(
   st.sampled_from(['plain', 'rotate', 'fold']),
 )
 def test_fused_any_shape(name, size, format, layout, how):
+  hypothesis.assume(has(name, kind_of(format)))
   check_fused(name, format, layout, *size, how == 'rotate', how == 'fold')
 
 
 @each_implementation
 @pytest.mark.parametrize('format', FORMATS)
 def test_every_format(name, format):
+  if not has(name, kind_of(format)):
+    pytest.skip('no such products')
   layout = LAYOUTS[list(FORMATS).index(format) % 3]
   check_fused(name, format, layout, 140, 150, 261, True, False)
 
@@ -300,6 +337,8 @@ def test_fused_of_float32(name):
   [('int8', False), ('rise4', True), ('fp8_e4m3', True), ('fp8_e4m3', False)],
 )
 def test_nothing_becomes_nan_and_nan_stays(name, format, rotate):
+  if not has(name, kind_of(format)):
+    pytest.skip('no such products')
   x = numbers('bfloat16', 6, 200).at[0].set(0).at[1].set(1e-40)
   x = x.at[2, 3].set(jnp.inf).at[2, 4].set(-jnp.inf).at[3].set(0.3)
   w = numbers('float8_e4m3fn' if format[0] == 'f' else 'int8', 200, 40)
@@ -339,7 +378,7 @@ def test_without_residuals_the_product_is_the_same(name):
 
 
 def test_without_a_chip_xla_computes_and_says_so_once(caplog):
-  chips._say_so.cache_clear()
+  chips.say_so.cache_clear()
   a = numbers('int8', 3, 4)
   with caplog.at_level(logging.WARNING, logger='frugax'):
     for _ in range(2):
@@ -350,27 +389,56 @@ def test_without_a_chip_xla_computes_and_says_so_once(caplog):
   ]
 
 
-KIND_OF_CHIP = {
-  'v4': ('TPU v4', ()),
-  'v5e': ('TPU v5 lite', ('int8', 'int4')),
-  'v5p': ('TPU v5', ('int8', 'int4')),
-  'v6e': ('TPU v6 lite', ('int8', 'int4')),
-  'tpu7x': ('TPU7x', ('int4', 'e4m3', 'e2m1')),
+DEVICES = {
+  'TPU v4': (),
+  'TPU v5 lite': ('int8', 'int4'),
+  'TPU v5': ('int8', 'int4'),
+  'TPU v6 lite': ('int8', 'int4'),
+  'TPU7x': ('int4', 'e4m3', 'e5m2 x e4m3', 'e2m1'),
+  'NVIDIA H200': ('int8', 'int4', 'e4m3', 'e5m2'),
+  'NVIDIA H100 80GB HBM3': ('int8', 'int4', 'e4m3', 'e5m2'),
+  'NVIDIA A100-SXM4-80GB': (),
 }
 
 
-@pytest.mark.parametrize('chip', KIND_OF_CHIP)
-def test_the_chip_decides(chip):
-  device_kind, native = KIND_OF_CHIP[chip]
+@pytest.mark.parametrize('device_kind', DEVICES)
+def test_the_chip_decides(device_kind):
   device = jax.sharding.AbstractDevice(
-    device_kind=device_kind, num_cores=1, platform='tpu'
+    device_kind=device_kind,
+    num_cores=1,
+    platform='tpu' if device_kind.startswith('TPU') else 'gpu',
   )
   mesh = jax.sharding.AbstractMesh((1,), ('x',), abstract_device=device)
-  for kind in ('int8', 'int4', 'e4m3', 'e2m1'):
-    a = numbers(KINDS[kind][0], 8, 8)
+  for kind in ('int8', 'int4', 'e4m3', 'e5m2 x e4m3', 'e2m1'):
+    a, b = (numbers(dtype, 8, 8) for dtype in KINDS[kind])
     with jax.sharding.use_abstract_mesh(mesh):
-      traced = jax.jit(lambda a: kernels.quantized_matmul(a, a)).trace(a)
-    assert ('pallas_call' in str(traced.jaxpr)) == (kind in native), kind
+      traced = jax.jit(lambda a, b: kernels.quantized_matmul(a, b)).trace(a, b)
+    native = kind in DEVICES[device_kind]
+    assert ('quantized_matmul_' in str(traced.jaxpr)) == native, kind
+
+
+def test_a_kernel_is_chosen_by_name_for_its_own_chip():
+  device = jax.sharding.AbstractDevice(
+    device_kind='NVIDIA H200', num_cores=132, platform='gpu'
+  )
+  mesh = jax.sharding.AbstractMesh((1,), ('x',), abstract_device=device)
+  with jax.sharding.use_abstract_mesh(mesh):
+    for kind, name, found in (
+      ('int8', 'mosaic', 'needs a TPU'),
+      ('float8', 'triton', 'has no float8 products for hopper, but int8'),
+      ('mixed', 'mosaic_gpu', 'has no mixed products'),
+      ('float4', 'mosaic_gpu', 'has no float4 products'),
+    ):
+      with pytest.raises(ValueError, match=found):
+        chips.choose('op', kind, name, interpret=False)
+    for kind, name in (
+      ('int8', 'triton'),
+      ('int8', 'mosaic_gpu'),
+      ('int8', 'xla'),
+      ('float8', 'mosaic_gpu'),
+    ):
+      assert chips.choose('op', kind, name, interpret=False) == name
+    assert chips.choose('op', 'mixed', None, interpret=False) == 'xla'
 
 
 A = np.ones((4, 6), np.int8)
@@ -392,6 +460,13 @@ X = jnp.ones((4, 6), jnp.bfloat16)
     ((A, A.astype('uint8')), {'layout': 'NT'}, 'no product of int8 and uint8'),
     ((A, A, A[0]), {'layout': 'NT'}, r'a_scale of shape \(6,\) for 4 rows'),
     ((A, A), {'layout': 'NT', 'implementation': 'mosaic'}, 'needs a TPU'),
+    ((A, A), {'layout': 'NT', 'implementation': 'triton'}, 'needs a GPU'),
+    ((A, A), {'layout': 'NT', 'implementation': 'mosaic_gpu'}, 'needs a GPU'),
+    (
+      (A.astype('float8_e5m2'), A.astype('float8_e4m3fn')),
+      {'layout': 'NT', 'implementation': 'mosaic_gpu', 'interpret': True},
+      'no products of float8_e5m2 and float8_e4m3fn',
+    ),
     (
       (A, A),
       {'layout': 'NT', 'implementation': 'xla', 'interpret': True},

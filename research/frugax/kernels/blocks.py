@@ -1,6 +1,7 @@
 """Block sizes of the kernels, for each chip: one table for all of them.
 
-Chosen by static cycle counts for v5e (`make bench-kernels`), not for each chip.
+Those of TPUs by static cycle counts for v5e (`make bench-kernels`), not for
+each chip; those of GPUs by what fits, untimed.
 """
 
 from typing import NamedTuple
@@ -72,3 +73,40 @@ def fused(
   while rows > 128 and rows * row > VMEM_LIMIT // 2:
     rows //= 2
   return found._replace(rows=rows)
+
+
+class GpuBlocks(NamedTuple):
+  """As `Blocks`, and how a GPU works on them.
+
+  Attributes:
+    rows: of the result, a power of two.
+    columns: likewise.
+    contracted: likewise, for one step along K.
+    warps: of 32 threads, that compute a block of the result.
+    stages: steps whose operands are in shared memory or on their way.
+    group: blocks of rows whose programs run next to each other, so that they
+      read the same columns from the cache.
+  """
+
+  rows: int
+  columns: int
+  contracted: int
+  warps: int
+  stages: int
+  group: int
+
+
+# Nothing here was timed. These are the largest results that the registers hold
+# without spilling, and what the 227 KiB of shared memory have stages for. A
+# partial sum of 8-bit floats takes as many registers as the sum itself.
+_GPU_MATMUL = {
+  ('triton', 'int8'): GpuBlocks(128, 256, 128, 8, 4, 8),
+  ('triton', 'mixed'): GpuBlocks(128, 128, 64, 8, 3, 8),
+  ('mosaic_gpu', 'int8'): GpuBlocks(128, 128, 128, 8, 6, 8),
+  ('mosaic_gpu', 'float8'): GpuBlocks(128, 128, 128, 8, 6, 8),
+}
+
+
+def gpu_matmul(implementation: str, kind: str) -> GpuBlocks:
+  """Of `quantized_matmul` on Hopper, which multiplies int4 as int8."""
+  return _GPU_MATMUL[implementation, 'int8' if kind == 'int4' else kind]

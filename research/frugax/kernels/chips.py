@@ -2,45 +2,75 @@
 
 import functools
 import logging
+import re
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
+from jax.extend import backend
 
 from frugax import names
 
-IMPLEMENTATIONS = ('mosaic', 'xla')
+IMPLEMENTATIONS = ('mosaic', 'triton', 'mosaic_gpu', 'xla')
 
 # What each chip multiplies faster, or in fewer bytes, than as bfloat16. 'mixed'
 # is bfloat16 times integers. v5e, v5p and v6e widen 8-bit floats to bfloat16;
-# tpu7x computes int8 by way of bfloat16, and int4 and float4 as 8-bit floats.
+# tpu7x computes int8 by way of bfloat16, and int4 and float4 as 8-bit floats;
+# Hopper (H100, H200) computes int4 as int8.
 NATIVE = {
   'v4': (),
   'v5e': ('int8', 'int4', 'mixed'),
   'v5p': ('int8', 'int4', 'mixed'),
   'v6e': ('int8', 'int4', 'mixed'),
   'tpu7x': ('int4', 'float8', 'float4', 'mixed'),
+  'hopper': ('int8', 'int4', 'float8'),
 }
-# What Mosaic compiles, fast or not.
+_MOSAIC = ('int8', 'int4', 'float8', 'mixed')
+# What kernels compile for a chip, fast or not. The first that can is taken.
 COMPILES = {
-  'v4': ('mixed',),
-  'v5e': ('int8', 'int4', 'float8', 'mixed'),
-  'v5p': ('int8', 'int4', 'float8', 'mixed'),
-  'v6e': ('int8', 'int4', 'float8', 'mixed'),
-  'tpu7x': ('int8', 'int4', 'float8', 'float4', 'mixed'),
+  'v4': {'mosaic': ('mixed',)},
+  'v5e': {'mosaic': _MOSAIC},
+  'v5p': {'mosaic': _MOSAIC},
+  'v6e': {'mosaic': _MOSAIC},
+  'tpu7x': {'mosaic': (*_MOSAIC, 'float4')},
+  'hopper': {
+    'triton': ('int8', 'int4', 'mixed'),
+    'mosaic_gpu': ('int8', 'float8'),
+  },
 }
+_NEEDS = {
+  'mosaic': 'a TPU',
+  'triton': 'a GPU of the Hopper kind (H100, H200)',
+  'mosaic_gpu': 'a GPU of the Hopper kind (H100, H200)',
+}
+# A device that is only described has a name and no compute capability.
+_HOPPER = re.compile(r'\bG?H(100|200|800|20)\b')
 
 
 def current() -> str | None:
-  """The TPU that is traced for, a name in `NATIVE`; None if it is none.
+  """The chip that is traced for, a name in `NATIVE`; None if it is none.
 
   It is that of the mesh under `jax.set_mesh`, which may consist of devices that
   are only described (`jax.experimental.topologies`), else the default device.
   """
+  return tpu() or ('hopper' if _hopper() else None)
+
+
+def tpu() -> str | None:
+  """As `current`, of TPUs alone."""
   if not pltpu.is_tpu_device():
     return None
   version = str(pltpu.get_tpu_info().chip_version)
   name = f'tpu{version}' if version[0] != 'v' else version
   return name if name in NATIVE else None
+
+
+def _hopper():
+  described = jax.sharding.get_abstract_mesh().abstract_device
+  if described is not None:
+    name = described.device_kind
+    return described.platform == 'gpu' and bool(_HOPPER.search(name))
+  device = backend.get_default_device()
+  return getattr(device, 'compute_capability', None) == '9.0'
 
 
 def gains(kind: str) -> bool:
@@ -72,7 +102,8 @@ def choose(
     op: its name, for messages.
     kind: what it multiplies, as in `NATIVE`.
     implementation: what the caller asks for; None for the best there is.
-    interpret: whether Mosaic's kernel shall run as plain JAX.
+    interpret: whether the kernel shall run as plain JAX, that of TPUs if no
+      other is asked for.
 
   Returns:
     A name in `IMPLEMENTATIONS`.
@@ -81,8 +112,8 @@ def choose(
     ValueError: an unknown implementation, or one that does not run here.
 
   Examples:
-    >>> choose('quantized_matmul', 'int8', 'mosaic', interpret=True)
-    'mosaic'
+    >>> choose('quantized_matmul', 'int8', 'triton', interpret=True)
+    'triton'
     >>> choose('quantized_matmul', 'int8', 'mosiac', interpret=False)
     Traceback (most recent call last):
     ...
@@ -90,40 +121,44 @@ def choose(
   """
   if implementation not in (None, *IMPLEMENTATIONS):
     raise names.unknown('implementation', implementation, IMPLEMENTATIONS)
-  if interpret:
-    if implementation == 'xla':
-      raise ValueError(
-        "interpret=True with implementation='xla': only a kernel can be "
-        "interpreted; give implementation='mosaic' or interpret=False"
-      )
-    return 'mosaic'
+  if interpret and implementation == 'xla':
+    raise ValueError(
+      "interpret=True with implementation='xla': only a kernel can be "
+      "interpreted; give implementation='mosaic' or interpret=False"
+    )
   chip = current()
+  if interpret:
+    implementation = implementation or 'mosaic'
+    chip = 'tpu7x' if implementation == 'mosaic' else 'hopper'
   if implementation is None:
     if gains(kind):
-      return 'mosaic'
+      kernels = COMPILES[chip].items()
+      return next(name for name, kinds in kernels if kind in kinds)
     where = chip or 'this platform'
     if chip and kind in NATIVE[chip]:
       where = 'several devices outside of jax.shard_map'
-    _say_so(op, kind, where)
+    say_so(op, kind, where)
     return 'xla'
-  if implementation == 'mosaic':
-    if chip is None:
+  if implementation != 'xla':
+    kinds = COMPILES.get(chip, {}).get(implementation)
+    if kinds is None:
       raise ValueError(
-        f"{op}: implementation='mosaic' needs a TPU: give interpret=True to "
-        'run it elsewhere, or trace it under jax.set_mesh with the devices of '
-        'a topology to compile for one'
+        f'{op}: implementation={implementation!r} needs '
+        f'{_NEEDS[implementation]}: give interpret=True to run it elsewhere, '
+        'or trace it under jax.set_mesh with the devices of a topology to '
+        'compile for one'
       )
-    if kind not in COMPILES[chip]:
+    if kind not in kinds:
       raise ValueError(
-        f"{op}: implementation='mosaic' has no {kind} products for {chip}, "
-        f"but {', '.join(COMPILES[chip])}: give implementation='xla'"
+        f'{op}: implementation={implementation!r} has no {kind} products for '
+        f"{chip}, but {', '.join(kinds)}: give implementation='xla'"
       )
   return implementation
 
 
 @functools.cache
-def _say_so(op, kind, where):
-  """Once for each of its arguments."""
+def say_so(op: str, kind: str, where: str) -> None:
+  """That XLA computes it, once for each of these arguments."""
   logging.getLogger('frugax').warning(
     '%s: %s products are left to XLA on %s', op, kind, where
   )

@@ -75,6 +75,20 @@ def sizes(a: jax.Array, b: jax.Array, layout: str) -> tuple[int, int, int]:
   return a.shape[1 - i], b.shape[1 - j], a.shape[i]
 
 
+def contracted_last(
+  a: jax.Array, b: jax.Array, layout: str
+) -> tuple[jax.Array, jax.Array]:
+  """Both operands as they are in layout 'NT'.
+
+  Examples:
+    >>> a, b = contracted_last(jnp.ones((2, 3)), jnp.ones((3, 5)), 'NN')
+    >>> a.shape, b.shape
+    ((2, 3), (5, 3))
+  """
+  i, j = LAYOUTS[layout]
+  return a if i else a.T, b if j else b.T
+
+
 def dot(
   a: jax.Array, b: jax.Array, axes: tuple[int, int], interpret: bool = False
 ) -> jax.Array:
@@ -136,6 +150,31 @@ def fit(size: int, block: int, exact: bool = False) -> tuple[int, int]:
         return size // n, n
   length = -(-size // (count * _TILE)) * _TILE
   return length, -(-size // length)
+
+
+def grouped(
+  p: jax.Array, rows: int, columns: int, group: int
+) -> tuple[jax.Array, jax.Array]:
+  """The block of rows and that of columns which a program of a GPU computes.
+
+  Programs that run at the same time have numbers that follow each other. They
+  go down a group of blocks of rows before they go on to the next columns, and
+  so read few operands.
+
+  Args:
+    p: number of the program.
+    rows: blocks of rows.
+    columns: blocks of columns.
+    group: blocks of rows in a group.
+
+  Examples:
+    >>> [tuple(map(int, grouped(jnp.int32(p), 3, 2, 2))) for p in range(6)]
+    [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (2, 1)]
+  """
+  size = group * columns
+  first = p // size * group
+  height = jnp.minimum(group, rows - first)
+  return first + p % size % height, p % size // height
 
 
 def pad(x: jax.Array, axis: int, size: int) -> jax.Array:

@@ -83,13 +83,13 @@ class Wire:
 
   def pack(self, codes: jax.Array) -> jax.Array:
     """As they are sent: on TPUs int4 are two a byte, elsewhere made so."""
-    if self.format != 'int4' or chips.current():
+    if self.format != 'int4' or chips.tpu():
       return codes
     return self.element.pack(codes.astype(jnp.int8))
 
   def unpack(self, sent: jax.Array, size: int) -> jax.Array:
     """The inverse of `pack`, for a last axis of this size."""
-    if self.format != 'int4' or chips.current():
+    if self.format != 'int4' or chips.tpu():
       return sent
     return self.element.unpack(sent, size).astype(self.dtype)
 

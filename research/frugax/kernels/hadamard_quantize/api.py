@@ -100,6 +100,11 @@ def hadamard_quantize(
   """
   if implementation not in (None, *chips.IMPLEMENTATIONS):
     raise names.unknown('implementation', implementation, chips.IMPLEMENTATIONS)
+  if implementation not in (None, 'mosaic', 'xla'):
+    raise ValueError(
+      f'hadamard_quantize: implementation={implementation!r}: its kernel is '
+      "for TPUs alone; give 'xla', or None for the best there is"
+    )
   rows = Copy(rows) if isinstance(rows, str) else rows
   columns = Copy(columns) if isinstance(columns, str) else columns
   copies = [c for c in (rows, columns) if c]
@@ -110,7 +115,7 @@ def hadamard_quantize(
   x = x.reshape(-1, shape[-1])
   flips = _signs(x.shape, copies, signs, start)
   words = _words(copies, key, start, width or shape[-1])
-  kernel = interpret or chips.current() is not None
+  kernel = interpret or chips.tpu() is not None
   if implementation == 'xla' or (implementation is None and not kernel):
     if interpret:
       raise ValueError(

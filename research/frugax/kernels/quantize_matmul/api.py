@@ -90,7 +90,8 @@ def quantize_matmul(
     dtype: of the product; None is that of x.
     residuals: whether codes, scales and sums of x are returned.
     implementation: 'mosaic' (a TPU kernel), 'xla', or None for the kernel where
-      `quantized_matmul` would take it.
+      `quantized_matmul` would take it. With 'triton' or 'mosaic_gpu', which
+      None is on Hopper, XLA rounds and the kernel of this name multiplies.
     interpret: run the kernel as plain JAX, on any platform.
 
   Returns:
@@ -121,7 +122,7 @@ def quantize_matmul(
   axis = 0 if layout == 'TN' else 1
   if fold is not None:
     fold = jnp.expand_dims(vector(fold, x.shape[axis], 'fold'), 1 - axis)
-  if which == 'xla':
+  if which != 'mosaic':
     codes, scales, sums = reference.quantize(x, rounding, axis, fold)
     pair = (codes, scales, rounding.shift, sums)
     other = (w, w_scale, w_shift, w_sums)
@@ -135,7 +136,8 @@ def quantize_matmul(
       shifts=(a[2], b[2]),
       sums=(a[3], b[3]),
       dtype=dtype,
-      implementation='xla',
+      implementation='xla' if which == 'xla' else implementation,
+      interpret=interpret,
     )
     got = (y, codes, scales, sums)
     return Quantized(*got if residuals else got[:1])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from frugax.kernels import blocks as tables
 from frugax.kernels import chips, products
-from frugax.kernels.quantized_matmul import reference, tpu
+from frugax.kernels.quantized_matmul import reference, tpu, triton
 
 
 def quantized_matmul(
@@ -38,22 +38,26 @@ def quantized_matmul(
 
   `implementation=None` takes the kernel where the chip gains by it: int8 and
   int4 on v5e, v5p and v6e, 8-bit floats, int4 and float4 on tpu7x, integers as
-  weights on all of these. Elsewhere XLA computes the same, and a warning of the
-  logger 'frugax' says so once; so it does on several devices, over which a
-  kernel is cut by `jax.shard_map` alone (with check_vma=False).
+  weights on all of these; on Hopper (H100, H200) int8 and int4 by Triton and
+  8-bit floats, both of one dtype, by Mosaic GPU. Elsewhere XLA computes the
+  same, and a warning of the logger 'frugax' says so once; so it does on several
+  devices, over which a kernel is cut by `jax.shard_map` alone (with
+  check_vma=False).
 
   Args:
     a: (M, K), or (K, M) in layout 'TN'.
     b: (K, N), or (N, K) in layout 'NT'.
     a_scale: s: (M,), (M, 1) or (), float32; None is 1.
     b_scale: t: (N,), (1, N), (N, 1) or (), likewise.
-    layout: 'NN', 'NT' (b transposed) or 'TN' (a transposed). Operands are read
-      as they lie in memory.
+    layout: 'NN', 'NT' (b transposed) or 'TN' (a transposed). TPUs read operands
+      as they lie in memory; Hopper's matrix units take codes with K last, and
+      what has it first is transposed before.
     shifts: of the numbers of a and b against their codes.
     sums: of the codes of a along K, (M,) or (M, 1), and of b, (N,) or with an
       axis of 1, where they are known; else they are computed if needed.
     dtype: of the result.
-    implementation: 'mosaic' (a TPU kernel), 'xla', or None.
+    implementation: 'mosaic' (a TPU kernel), 'triton' or 'mosaic_gpu' (kernels
+      for Hopper, of integers, and of 8-bit floats or int8), 'xla', or None.
     interpret: run the kernel as plain JAX, on any platform.
 
   Returns:
@@ -87,6 +91,14 @@ def quantized_matmul(
   m, n, k = products.sizes(a, b, layout)
   kind = products.kind(a.dtype, b.dtype)
   which = chips.choose('quantized_matmul', kind, implementation, interpret)
+  if which == 'mosaic_gpu' and a.dtype != b.dtype:
+    if implementation:
+      raise ValueError(
+        "quantized_matmul: implementation='mosaic_gpu' has no products of "
+        f"{a.dtype} and {b.dtype}: give both in one, or implementation='xla'"
+      )
+    chips.say_so('quantized_matmul', f'{a.dtype} x {b.dtype}', 'hopper')
+    which = 'xla'
   rows, columns = epilogue(
     (a, b),
     (m, n, k),
@@ -97,10 +109,22 @@ def quantized_matmul(
   )
   if which == 'xla':
     return reference.quantized_matmul(a, b, rows, columns, layout, dtype)
-  blocks = tables.matmul(chips.current(), kind, layout)
-  return tpu.quantized_matmul(
-    a, b, rows, columns, layout, dtype, blocks, interpret
-  )
+  if which == 'mosaic':
+    kernel = tpu.quantized_matmul
+    blocks = tables.matmul(chips.current(), kind, layout)
+  else:
+    kernel = _gpu_kernel(which)
+    blocks = tables.gpu_matmul(which, kind)
+  return kernel(a, b, rows, columns, layout, dtype, blocks, interpret)
+
+
+def _gpu_kernel(implementation):
+  if implementation == 'triton':
+    return triton.quantized_matmul
+  # Its imports take a second, and are of no use without it.
+  from frugax.kernels.quantized_matmul import mosaic_gpu
+
+  return mosaic_gpu.quantized_matmul
 
 
 def epilogue(operands, sizes, scales, axes, shifts, sums):

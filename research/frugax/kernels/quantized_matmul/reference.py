@@ -39,12 +39,23 @@ def scaled(
   y: jax.Array, rows: jax.Array | None, columns: jax.Array | None
 ) -> jax.Array:
   """Terms and scales of rows and columns, in float32."""
-  for x, axis in ((rows, 1), (columns, 0)):
-    if x is not None and x.shape[axis] == 2:
-      y = y + lax.slice_in_dim(x, 1, 2, axis=axis)
-  for x, axis in ((rows, 1), (columns, 0)):
-    if x is not None:
-      y = y * lax.slice_in_dim(x, 0, 1, axis=axis)
+  scales, terms = (
+    [
+      lax.slice_in_dim(x, n, n + 1, axis=axis)
+      for x, axis in ((rows, 1), (columns, 0))
+      if x is not None and n < x.shape[axis]
+    ]
+    for n in (0, 1)
+  )
+  return rescaled(y, terms, scales)
+
+
+def rescaled(y: jax.Array, terms, scales) -> jax.Array:
+  """All terms are added, and then it is multiplied by all scales."""
+  for x in terms:
+    y = y + x
+  for x in scales:
+    y = y * x
   return y
 
 

@@ -6,18 +6,24 @@
     for run, result in zip(runs, sweep.Sweep(workdir, jobs=2).train(runs)):
       ...
 
+`Results` keeps their validation losses in a file that outlives the folders.
+
 `research/` is on the path of an editable install.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
+import json
 import os
 import pathlib
 import queue
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from frugax import report
 
@@ -56,15 +62,16 @@ class Sweep:
   workdir: pathlib.Path
   jobs: int = 1
 
-  def train(self, runs: Sequence[Run]) -> list[report.Run]:
+  def train(self, runs: Iterable[Run]) -> Iterator[report.Run]:
     """Trains those that are not done.
 
     Args:
       runs: any number of runs.
 
-    Returns:
-      What each left in its folder. The loss of one that diverged ends in a
-      number that is not finite, and it has no final evaluation.
+    Yields:
+      What each left in its folder, in their order. The loss of one that
+      diverged ends in a number that is not finite, and it has no final
+      evaluation.
 
     Raises:
       SystemExit: a run failed otherwise; the message has the end of its log.
@@ -84,7 +91,12 @@ class Sweep:
     with concurrent.futures.ThreadPoolExecutor(
       self.jobs, initializer=settle
     ) as pool:
-      return list(pool.map(self._train, runs))
+      yield from pool.map(self._train, runs)
+
+  def done(self, run: Run) -> bool:
+    """Whether a run came to its end, be it that it diverged."""
+    folder = self.workdir / run.name
+    return (folder / 'summary.json').exists() or _diverged(folder / 'log.txt')
 
   def _shares(self):
     """As many parts of the cores as jobs; None where they cannot be parted."""
@@ -96,7 +108,7 @@ class Sweep:
   def _train(self, run):
     folder = self.workdir / run.name
     log = folder / 'log.txt'
-    if not (folder / 'summary.json').exists() and not _diverged(log):
+    if not self.done(run):
       folder.mkdir(parents=True, exist_ok=True)
       with log.open('w') as out:
         code = subprocess.run(
@@ -118,9 +130,86 @@ def _diverged(log):
   return log.exists() and _NOT_FINITE in log.read_text()
 
 
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What a file keeps of a run.
+
+  Attributes:
+    origin: which code ran on what.
+    eval_step: the steps after which the validation loss was taken.
+    eval_loss: that loss, where it was finite.
+  """
+
+  origin: str
+  eval_step: list[float]
+  eval_loss: list[float]
+
+
+Key = tuple[str | float, ...]
+
+
+class Results:
+  """Results by key, in a JSON file that spares their runs another time.
+
+  Args:
+    path: the file; read if it is there.
+    fields: what a key consists of.
+    run: the run of a key.
+    sweep: what trains them.
+  """
+
+  def __init__(
+    self,
+    path: pathlib.Path,
+    fields: Sequence[str],
+    run: Callable[[Key], Run],
+    sweep: Sweep,
+  ):
+    self._path, self._fields = path, fields
+    self._run, self._sweep = run, sweep
+    self.of: dict[Key, Result] = {}
+    for row in json.loads(path.read_text()) if path.exists() else []:
+      key = tuple(row.pop(field) for field in fields)
+      self.of[key] = Result(**row)
+
+  def get(self, keys: Iterable[Key], train: bool = True) -> None:
+    """Adds the results of keys; those without a run only if it may train."""
+    runs = {key: self._run(key) for key in keys if key not in self.of}
+    if not train:
+      runs = {key: run for key, run in runs.items() if self._sweep.done(run)}
+    results = self._sweep.train(runs.values())
+    for key, result in zip(runs, results, strict=True):
+      steps = result.eval.get('step', np.zeros(0))
+      losses = result.eval.get('eval_loss', np.zeros(0))
+      finite = np.isfinite(losses)
+      self.of[key] = Result(
+        origin([result]),
+        steps[finite].tolist(),
+        [round(loss, 5) for loss in losses[finite].tolist()],
+      )
+      self._save()
+
+  def origins(self, keys: Iterable[Key]) -> list[str]:
+    """One line for each code: how many of the runs it ran."""
+    counts = collections.Counter(self.of[key].origin for key in keys)
+    return [f'{count} runs of {origin}' for origin, count in counts.items()]
+
+  def _save(self):
+    rows = [
+      dict(zip(self._fields, key, strict=True)) | dataclasses.asdict(result)
+      for key, result in self.of.items()
+    ]
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    new = self._path.with_suffix('.new')
+    new.write_text(json.dumps(rows, indent=1) + '\n')
+    new.replace(self._path)
+
+
 def origin(runs: Sequence[report.Run]) -> str:
   """One line: which code ran on what."""
   summaries = [r.summary for r in runs if 'commit' in r.summary]
+  if not summaries:
+    return 'a commit unknown, as they diverged'
   first = summaries[0]
   commits = ', '.join(sorted({s['commit'][:12] for s in summaries}))
   return (

@@ -44,14 +44,12 @@ import numpy as np
 from frugax import report
 from frugax.models import llama
 from frugax.report import curves
+from studies.seeds import SEEDS, interval
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 # steps, batch size; a tenth of the steps is warm-up
 SCHEDULES = {'tiny': (240, 4), '10m': (1000, 64), '60m': (2000, 128)}
-SEEDS = (0, 1, 2)  # the first one tunes
 INTERVAL = 40
-# Student's t for a two-sided 95 % interval of three values' mean.
-T_95 = 4.303
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,12 +259,6 @@ class Study:
     for (name, rate, _), loss in zip(runs, self.losses(runs), strict=True):
       found[name][rate] = loss
     return found
-
-
-def interval(differences: np.ndarray) -> tuple[float, float]:
-  """Mean of three or so values and the half width of its 95 % interval."""
-  n = len(differences)
-  return differences.mean(), T_95 * differences.std(ddof=1) / math.sqrt(n)
 
 
 def verdict(mean: float, half: float) -> str:

@@ -28,13 +28,11 @@ import pathlib
 
 import numpy as np
 
-from studies import sweep
+from studies import seeds, sweep
+from studies.seeds import SEEDS
 
-SEEDS = (0, 1, 2)
 RATES = (5e-4, 2e-3)
 STEPS, BATCH, LENGTH = 1500, 2, 128
-# Student's t for a two-sided 95 % interval of three values' mean.
-T_95 = 4.303
 
 _SPAM = {'optimizer.reset_interval': 250, 'optimizer.warmup_steps': 75}
 _STOCHASTIC = {'optimizer.state_codec': 'bf16_stochastic'}
@@ -101,8 +99,8 @@ def run(args, variant: str, rate: float, seed: int) -> sweep.Run:
 
 def interval(differences: np.ndarray) -> str:
   """Mean and half width of the 95 % interval."""
-  half = T_95 * differences.std(ddof=1) / math.sqrt(differences.size)
-  return f'{differences.mean():+.4f} +- {half:.4f}'
+  mean, half = seeds.interval(differences)
+  return f'{mean:+.4f} +- {half:.4f}'
 
 
 def tables(losses: dict[tuple[str, float], np.ndarray]) -> str:
@@ -149,7 +147,7 @@ def main():
   args = parser.parse_args()
   cells = [(variant, rate) for rate in args.rates for variant in VARIANTS]
   runs = [run(args, *cell, seed) for cell in cells for seed in SEEDS]
-  results = sweep.Sweep(args.workdir, args.jobs).train(runs)
+  results = list(sweep.Sweep(args.workdir, args.jobs).train(runs))
   found = iter(r.summary.get('eval_loss') or math.inf for r in results)
   losses = {cell: np.array([next(found) for _ in SEEDS]) for cell in cells}
   print(f'size tiny, {args.steps} steps, {sweep.origin(results)}\n')

@@ -83,6 +83,7 @@ def test_memory_is_in_the_order_of_what_is_kept():
   sizes = [temporary_bytes(remat) for remat in order]
   assert sizes == sorted(set(sizes)), dict(zip(order, sizes, strict=True))
   assert sizes[0] < sizes[-1] / 2
+  assert sizes[0] < temporary_bytes('inputs') < sizes[-1]
 
 
 def test_linears_are_kept_whatever_computes_them():

@@ -11,7 +11,7 @@ from frugax import lowbit, names
 DTYPES = ('float32', 'bfloat16', 'float16')
 
 # What the backward pass of a layer finds in memory; all else is recomputed.
-REMAT = ('none', 'full', 'dots', 'dots_no_batch', 'linears')
+REMAT = ('none', 'inputs', 'full', 'dots', 'dots_no_batch', 'linears')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +40,14 @@ class LlamaConfig:
       dtype of that name). Norms, softmax, rotary and logits stay in float32.
     param_dtype: of the parameters, same names.
     remat: what a layer keeps for its backward pass; the rest is recomputed:
-      'none' recomputes nothing; 'full' keeps the layer's input alone; 'dots'
-      keeps the results of matmuls; 'dots_no_batch' those of matmuls without
-      batch axes, so the linears but not the attention scores; 'linears' the
-      outputs of the linears whatever `dot_general` computes them.
+      'none' recomputes nothing; 'inputs' keeps what linears, norms, SwiGLU and
+      attention are given, in the bits that `matmul` and `activations` say, and
+      recomputes what lies inside them: norms, SwiGLU and attention's scores,
+      but no linear; 'full' keeps the layer's input alone; 'dots' keeps the
+      results of matmuls; 'dots_no_batch' those of matmuls without batch axes,
+      so the linears but not the attention scores; 'linears' the outputs of the
+      linears whatever `dot_general` computes them, and in its dtype. Low-bit
+      recipes save memory under 'none' and 'inputs'.
     matmul: low-bit recipe of the seven linears of a layer, a name that
       `frugax.lowbit.recipe` knows; 'none' computes them in `dtype`.
     matmul_rules: (regular expression, recipe) pairs: a linear has the recipe of
@@ -77,6 +81,8 @@ class LlamaConfig:
     Ainslie et al., GQA, https://arxiv.org/abs/2305.13245, 2023.
     Shazeer, GLU variants improve transformer,
       https://arxiv.org/abs/2002.05202, 2020.
+    Korthikanti et al., Reducing activation recomputation in large transformer
+      models, https://arxiv.org/abs/2205.05198, 2022 (remat='inputs').
   """
 
   vocab_size: int

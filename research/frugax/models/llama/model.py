@@ -1,5 +1,6 @@
 """LLaMA in linen, behind a facade on plain nested dicts."""
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -76,7 +77,10 @@ class Attention(Linears):
     mask = None
     if segment_ids_BxT is not None:
       mask = segment_ids_BxT[:, None, :, None] == segment_ids_BxT[:, None, None]
-    y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
+    attend = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+    if config.remat == 'inputs':
+      attend = jax.checkpoint(attend, prevent_cse=False)
+    y = attend(q, k, v, mask=mask)
     y = constrain(y, head_names)
     return self.linears(y, {'o': (config.dim,)}, axes=2)[0]
 
@@ -135,7 +139,8 @@ class Llama:
 
   `apply` is `embed`, `block` for each layer and `head`; a caller who must see
   every layer (to update one at a time inside the backward pass, say) walks
-  them himself. `config.remat` acts in `apply` alone.
+  them himself. `config.remat` acts in `apply` alone, but for 'inputs', which is
+  a property of the norms, SwiGLU and attention.
 
   Args:
     config: the shape.
@@ -187,14 +192,17 @@ class Llama:
     product = linears.by_recipe(config, dot_general, wrap)
     self.config = config
     self._constrain = constrain
-    flow = lowbit.flow(config.flow)
 
-    def operation(function):
+    def operation(flow, function):
+      if config.remat == 'inputs' and flow == lowbit.Flow():
+        function = jax.checkpoint(function, prevent_cse=False)
       return lowbit.keep_in_few_bits(function, flow)
 
-    self._block = Block(config, product, constrain, operation)
+    few = functools.partial(operation, lowbit.flow(config.flow))
+    self._block = Block(config, product, constrain, few)
     self._exempt = (0, 0) if dot_general else config.matmul_exempt
-    self._exempt_block = Block(config, constrain=constrain)
+    as_it_is = functools.partial(operation, lowbit.Flow())
+    self._exempt_block = Block(config, linears.plain, constrain, as_it_is)
     head = lowbit.dot_general(lowbit.recipe(config.matmul_head))
     self._head = head if wrap is None else wrap('lm_head', head)
     self._norm = RMSNorm(config)
@@ -284,7 +292,7 @@ class Llama:
         )
         return x_BxTxD, None
 
-      if self.config.remat != 'none':
+      if self.config.remat in _POLICIES:
         # A scan's body cannot be merged with its forward: no need to forbid it.
         policy = _POLICIES[self.config.remat]
         layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
@@ -324,7 +332,7 @@ class Llama:
     positions: jax.Array | None = None,
     index: int | None = None,
   ) -> jax.Array:
-    """One layer, without remat.
+    """One layer, without remat of the layer as a whole.
 
     Args:
       layer_params: `params['layers']` at one index of the leading axis.

@@ -133,16 +133,22 @@ def run(
       if i not in parts or small.names(out) != program.names(out):
         found = whole(places, own)
       elif not cached or math.prod(structs[mirrored[out[0]]].shape) > _KEPT:
-        found, _ = _loop(part, places, own, parts[i], cached)
+        found = _loop(part, places, own, parts[i], cached)
       else:
         # The state is stored in place, and its old codes are kept instead of
         # updates: those can be made where they are used, without a copy. One
-        # leaf waits for the last but one, so that two at most are kept.
-        after = jax.tree.leaves(states[-2:-1])[:1]
-        found, old = _loop(part, state, own, parts[i], cached, after)
-        found |= whole(updates, own | old)
+        # leaf waits for the last that is cut, so that few are kept.
+        kept = _copy({k: own[k] for k in state.values()}, states[-1:])
+        # A loop takes the bits of numbers in bfloat16, so copies them: these.
+        onto = {
+          k: own[k] if isinstance(x, Coded) else x for k, x in kept.items()
+        }
+        found = _loop(part, state, own | kept, parts[i], cached, onto)
+        # The gradient may give way to the update: after its last use.
+        kept = {k: _hold(x, found) for k, x in kept.items()}
+        found |= whole(updates, own | kept)
       new |= found
-      if packed:
+      if packed and (i in parts or not cached):
         states.append([found[j] for j in state])
     return [new[j] for j in range(len(mirrored))]
 
@@ -192,51 +198,68 @@ def _step(program, spots, shared, key, places, own, shape=None, rows=None):
   }
 
 
-def _loop(step, places, own, parts, cached, after=None):
-  """The same part by part, in place.
+def _there(arrays):
+  """True, but XLA cannot tell before these arrays are there."""
+  first = jnp.ravel(jax.tree.leaves(arrays)[0])[0]
+  return jnp.isnan(first.astype(jnp.float32)).astype(jnp.int32) >= 0
 
-  Returns what is new by output and, if `after` is given (a list of an array
-  to wait for, or of none), what was there before, by place.
-  """
+
+def _copy(arrays, after):
+  """A copy that is made when other arrays are there."""
+  # A branch is fused with nothing.
+  return jax.lax.cond(
+    _there(after or arrays),
+    lambda x: x,
+    lambda x: jax.tree.map(jnp.zeros_like, x),
+    arrays,
+  )
+
+
+def _hold(arrays, after):
+  """The same arrays, used when others are there."""
+  leaves, treedef = jax.tree.flatten(arrays)
+  least = min(range(len(leaves)), key=lambda i: leaves[i].size)
+  leaves[least] = jnp.where(_there(after), leaves[least], 0)
+  return treedef.unflatten(leaves)
+
+
+def _loop(step, places, own, parts, cached, onto=None):
+  """The same part by part, in place of `own` or of its copies in `onto`."""
   shape = jax.tree.leaves(own)[0].shape
   shape = (math.prod(shape[: parts.rows]), *shape[parts.rows :])
   height = parts.shape[parts.rows - 1]
   split = {k: jax.tree.map(parts.split, x) for k, x in own.items()}
-  new = {j: split[k] for j, k in places.items()}
-  old = {}
-  if after is not None:
-    first = jnp.ravel(after[0])[0] if after else 0
-    # Of equal arrays XLA would make one, and copies of it.
-    old = {
-      k: jax.tree.map(lambda x, i=i: jnp.full_like(x, first + i), split[k])
-      for i, k in enumerate(places.values())
-    }
+  first = {
+    j: jax.tree.map(parts.split, (onto or own)[k]) for j, k in places.items()
+  }
 
-  def body(i, carry):
-    new, old = carry
-    now = split | {k: new[j] for j, k in places.items()}
-    here = jax.tree.map(lambda x, like: parts.at(x, like, i), now, own)
+  def body(i, new):
+    def take(arrays):
+      return jax.tree.map(lambda x, like: parts.at(x, like, i), arrays, own)
 
     def run(here):
-      found = step(places, here, shape, (i * height, height))
-      return found, {k: here[k] for k in old}
+      return step(places, here, shape, (i * height, height))
 
-    def never(here):
-      return jax.tree.map(jnp.zeros_like, jax.eval_shape(run, here))
+    def branch(function, arrays):
+      def never(arrays):
+        return jax.tree.map(jnp.zeros_like, jax.eval_shape(function, arrays))
+
+      return jax.lax.cond(i >= 0, function, never, arrays)
 
     # What is read must be read before anything is written. Where it is fused
     # with what is computed from it, XLA finds no such order and copies whole
     # arrays instead. CPUs drop barriers before they fuse, but not branches.
-    if cached:
-      found = jax.lax.cond(i >= 0, run, never, here)
+    # What writes is kept from fusing as well: that would take one thread only.
+    if onto:
+      found = branch(lambda arrays: run(take(arrays)), split)
     else:
-      here = jax.lax.optimization_barrier(here)
-      found = jax.lax.optimization_barrier(run(here))
-    return jax.tree.map(lambda x, y: parts.put(x, y, i), carry, found)
+      here = take(split | {k: new[j] for j, k in places.items()})
+      if cached:
+        found = branch(run, here)
+      else:
+        here = jax.lax.optimization_barrier(here)
+        found = jax.lax.optimization_barrier(run(here))
+    return jax.tree.map(lambda x, y: parts.put(x, y, i), new, found)
 
-  new, old = jax.lax.fori_loop(0, parts.count, body, (new, old))
-  join = functools.partial(jax.tree.map, parts.join)
-  return (
-    join(new, {j: own[k] for j, k in places.items()}),
-    join(old, {k: own[k] for k in old}),
-  )
+  new = jax.lax.fori_loop(0, parts.count, body, first)
+  return jax.tree.map(parts.join, new, {j: own[k] for j, k in places.items()})

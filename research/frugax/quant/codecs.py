@@ -197,7 +197,9 @@ def encode(
     codes = codec.map.encode(
       root(x) / groups.spread(divisor, codec.block, x.shape)
     )
-    codes = codes.astype(jnp.int32).astype(jnp.uint8)
+    # Their low bits then: a conversion would first ask for NaN and overflow.
+    codes = jax.lax.bitcast_convert_type(codes + 2.0**23, jnp.int32)
+    codes = codes.astype(jnp.uint8)
   codes = codes.reshape(shape)
   if codec.bits == 4:
     codes = groups.pack(codes)

@@ -1,5 +1,7 @@
 """Arrays in groups along their last axis, the last group being shorter."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -46,30 +48,40 @@ def largest(x: jax.Array, group: int) -> jax.Array:
   """
   *rows, size = x.shape
   whole = size // group
-
-  def reshaped(x):
-    return maximum(x.reshape(*rows, whole, group), -1)
-
-  def windows(x):
-    shape = *[1] * len(rows), group
-    most = jax.lax.reduce_window(
-      _ordered(x), jnp.int32(-(2**31)), jax.lax.max, shape, shape, 'VALID'
-    )
-    return _number(most)
-
+  bits = _ordered(x)
   # The rest is reduced on its own: padding would be a copy of the array.
   parts = []
   if whole:
-    # XLA compares the numbers of a row one by one on a CPU, those of windows
-    # several at a time: ten times as fast.
-    parts.append(
-      jax.lax.platform_dependent(
-        x[..., : whole * group], cpu=windows, default=reshaped
-      )
-    )
+    parts.append(_most(bits[..., : whole * group].reshape(*rows, whole, group)))
   if size % group:
-    parts.append(maximum(x[..., whole * group :], -1, True))
-  return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+    parts.append(_most(bits[..., whole * group :])[..., None])
+  most = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+  return _number(most)
+
+
+def _most(x):
+  """The greatest integers along the last axis."""
+  return jax.lax.platform_dependent(
+    x, cpu=_most_by_lanes, default=lambda x: jnp.max(x, -1)
+  )
+
+
+def _most_by_lanes(x):
+  """CPUs compare several elements of a row at a time, without a copy of it.
+
+  XLA does neither for reductions along the last axis of more than 32 elements.
+  """
+  size = x.shape[-1]
+  if size > 16:
+    # Of slices that may overlap, one element of each is compared.
+    width = -(-size // 8)
+    starts = [min(i * width, size - width) for i in range(8)]
+    x = functools.reduce(jnp.maximum, [x[..., i : i + width] for i in starts])
+  # In two steps, both of few elements.
+  size = x.shape[-1]
+  if size > 16 and size % 16 == 0:
+    x = jnp.max(x.reshape(*x.shape[:-1], size // 16, 16), -1)
+  return jnp.max(x, -1)
 
 
 def spread(x: jax.Array, group: int, shape: tuple[int, ...]) -> jax.Array:

@@ -15,6 +15,7 @@ PY := $(VENV)/bin/python
 VERSION := $(shell $(PYTHON) -c 'import sys; print("py%d.%d" % sys.version_info[:2])')
 READY := $(VENV)/ready-$(VERSION)
 PARITY_VENV ?= .venv-parity
+KERNELS_VENV ?= .venv-kernels
 WORKDIR ?= runs/tiny
 CONFIG ?= configs/llama.py:size=tiny,opt=galore
 ARGS ?=
@@ -53,9 +54,11 @@ bench-peers: $(READY)
 	.venv-peers/bin/python -m pip install --quiet torch==2.13.0 galore-torch pytorch-optimizer torchao bitsandbytes
 	$(PY) research/studies/bench_peers.py --python .venv-peers/bin/python
 
-# Static estimates by the TPU's compiler, of which `dev` has one on Linux.
-bench-kernels: $(READY)
-	$(PY) research/studies/bench_kernels.py
+# Static estimates by the TPU's compiler, in an environment of its own: that of
+# `dev` takes tens of GB for the profile of a kernel, and has none for tpu7x.
+bench-kernels: $(KERNELS_VENV)/ready-$(VERSION)
+	$(KERNELS_VENV)/bin/python research/studies/bench_kernels.py
+	$(KERNELS_VENV)/bin/python research/studies/bench_hadamard.py
 
 clean:
 	rm -rf .venv .venv-* .cache
@@ -74,3 +77,7 @@ $(READY): pyproject.toml $(wildcard launch/constraints/*.txt)
 
 $(PARITY_VENV)/ready-$(VERSION): pyproject.toml $(wildcard launch/constraints/*.txt)
 	$(call install,dev$(comma)parity)
+
+$(KERNELS_VENV)/ready-$(VERSION): pyproject.toml $(wildcard launch/constraints/*.txt)
+	$(call install,tpu)
+	$(@D)/bin/python -m pip install --quiet --no-deps libtpu==0.0.51 || { rm $@; exit 1; }

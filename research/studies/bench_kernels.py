@@ -5,25 +5,24 @@
 
 Cycles of the compiler's own schedule (`static_cycles.py`), which are estimates
 and never measured times, as ratios to a plain bfloat16 Pallas product of the
-same shape with the best of a few tiles. Operands are 1024 x 4096 and 4096 x
-4096, or 4096 x 16384: one block of x's rows, where nothing hides the copy of
-the first, so that with more rows the ratios are higher. (Of kernels with a row
-in registers and several blocks of rows the profile takes tens of GB.) x arrives
-in bfloat16 and its rounding and rotation count, the other operand is codes
-already. A layer is three products: forward 'NN', the
-input's gradient 'NT' and the weights' 'TN', each rounding the bfloat16 array
-that arrives, the last with the activations' codes of the first and their scales
-folded into it. Each row is a process of its own, of up to some minutes.
+same shape with the best of a few tiles. Operands are 4096 x 4096, or the right
+one 4096 x 16384. x arrives in bfloat16, its rounding and rotation count, and
+its codes, scales and sums are written out; the other operand is codes already,
+of known scales and sums. A layer is three products: forward 'NN', the input's
+gradient 'NT' and the weights' 'TN', each rounding the bfloat16 array that
+arrives, the last with the activations' codes of the first and their scales
+folded into it. Each count is a process of its own, of up to some minutes.
 """
 
 import argparse
 import dataclasses
 import functools
+import importlib.metadata
 import pathlib
 import subprocess
 import sys
 
-_M, _N, _WIDE = 1024, 4096, 16384
+_M, _N, _WIDE = 4096, 4096, 16384
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +60,12 @@ def _rows():
 
 
 ROWS = tuple(_rows())
-_TILES = ((1024, 1024, 4096), (1024, 1024, 1024), (512, 1024, 2048))
+_TILES = (
+  (1024, 1024, 4096),
+  (1024, 1024, 1024),
+  (512, 2048, 4096),
+  (2048, 1024, 2048),
+)
 
 
 def _bfloat16(m, n, k, tiles):
@@ -129,7 +133,10 @@ def _kernel(name, n):
       w_shift=0.5,
     )
     codes = jnp.int4 if name == 'rise4' else jnp.int8
-    return fn, [x, (right, codes), line]
+    return (
+      lambda x, w, scale, sums: fn(x, w, scale, w_sums=sums),
+      [x, (right, codes), line, ((n,), jnp.int32)],
+    )
   format, layout = name.split()
   fn = functools.partial(fused, format=format, layout=layout)
   codes = jnp.int4 if format == 'int4' else jnp.int8
@@ -194,7 +201,10 @@ def main(wanted):
   )
   import jax
 
-  print(f'commit {commit}{" (changed)" * bool(dirty)}, jax {jax.__version__}')
+  print(
+    f'commit {commit}{" (changed)" * bool(dirty)}, jax {jax.__version__}, '
+    f'libtpu {importlib.metadata.version("libtpu")}'
+  )
   print('static estimate: cycles of the compiled schedule, not measured times')
   for row in ROWS:
     if wanted and row.chip not in wanted:

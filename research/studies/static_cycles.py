@@ -1,15 +1,17 @@
 """Cycles of a jitted function on a TPU that is not there, counted statically.
 
-Needs the TPU's compiler, `pip install libtpu` of the version that jax[tpu]
-takes, and no TPU. The count is that of the compiler's own schedule: loops are
+Needs the TPU's compiler, libtpu 0.0.51 with jax 0.10.2 (`make bench-kernels`
+installs them), and no TPU. 0.0.42.1 has no count for tpu7x, and takes tens of
+GB for long kernels. The count is that of the compiler's own schedule: loops are
 followed, and nothing waits for memory longer than the schedule says. It is an
 estimate, good for ranking kernels of one chip, never a measured time: for a
 bfloat16 product of 8192^3 on v5e it is 4 % below the time that JAX's tutorial
 on Pallas reports, for blocks of 128 it is 39 % above.
 
 The compiler's flag is not documented. It ends the process on XLA's own products
-of few bits and on some 4-bit kernels for tpu7x, so measure each function in a
-process of its own. Import this before jax.
+of few bits, on some fusions of XLA's around a kernel and on some 4-bit kernels
+for tpu7x, so measure each function in a process of its own. Import this before
+jax.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Block sizes of the kernels, for each chip: one table for all of them.
 
-Those of TPUs by static cycle counts for v5e (`make bench-kernels`), not for
-each chip; those of GPUs by what fits, untimed.
+Those of TPUs by static cycle counts for v5e, and of `quantize_matmul` for v6e
+(`make bench-kernels`); those of GPUs by what fits, untimed.
 """
 
 from typing import NamedTuple
@@ -44,14 +44,19 @@ _FUSED = {
   'int4': Blocks(1024, 1024, 4096),
   'float8': Blocks(1024, 1024, 4096),
 }
+# There memory is slower against the matrix unit. While a step multiplies, the
+# next block of x is on its way, for which short steps have no time.
+_FUSED_V6E = {
+  'int8': Blocks(1024, 2048, 4096),
+  'int4': Blocks(1024, 4096, 4096),
+}
 
 
 def fused(
   chip: str | None,
   kind: str,
-  layout: str,
   contracted: int,
-  itemsize: int,
+  itemsizes: tuple[int, int],
   residuals: bool,
 ) -> Blocks:
   """Of `quantize_matmul`: rows of x, of which a block is all of them.
@@ -59,20 +64,27 @@ def fused(
   Args:
     chip: None for v5e.
     kind: of the product.
-    layout: of the product.
     contracted: elements of a row.
-    itemsize: bytes of an element of x.
+    itemsizes: bytes of an element of x, and of the result.
     residuals: whether codes are written out, of which there are then two
       blocks, one that is computed and one that is copied.
   """
   found = _FUSED[kind]
+  if chip == 'v6e':
+    found = _FUSED_V6E.get(kind, found)
   if chip == 'tpu7x' and kind == 'int8':
     found = found._replace(contracted=1024)
-  row = contracted * (2 * itemsize + (1 + residuals))
-  rows = found.rows
+  code = 0.5 if kind == 'int4' else 1
+  row = contracted * (2 * itemsizes[0] + code * (1 + residuals))
+  rows, columns = found.rows, found.columns
   while rows > 128 and rows * row > VMEM_LIMIT // 2:
     rows //= 2
-  return found._replace(rows=rows)
+  # Of the result there are two blocks, too, and sums if w has several.
+  out = rows * (2 * itemsizes[1] + 4 * (contracted > found.contracted))
+  column = 2 * code * min(contracted, found.contracted) + out
+  while columns > 1024 and rows * row + columns * column > 0.9 * VMEM_LIMIT:
+    columns //= 2
+  return found._replace(rows=rows, columns=columns)
 
 
 class GpuBlocks(NamedTuple):

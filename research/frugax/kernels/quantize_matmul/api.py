@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from frugax.kernels import blocks as tables
 from frugax.kernels import chips, products
@@ -153,12 +154,10 @@ def quantize_matmul(
     (w_sums, None) if mine else (None, w_sums),
   )[1 - mine]
   if rounding.shift and w_shift:
-    constant = k * rounding.shift * w_shift
-    at = (slice(None), 1) if mine else (1,)
-    ends = ends.at[at].add(constant)
-  blocks = tables.fused(
-    chips.current(), kind, layout, k, x.dtype.itemsize, residuals
-  )
+    constant = np.float32([[0, k * rounding.shift * w_shift]])
+    ends = ends + (constant if mine else constant.T)
+  itemsizes = x.dtype.itemsize, jnp.dtype(dtype).itemsize
+  blocks = tables.fused(chips.current(), kind, k, itemsizes, residuals)
   return Quantized(
     *tpu.quantize_matmul(
       x,

@@ -96,7 +96,7 @@ def _variants():
   }
   for remat, names in (
     ('inputs', kept),
-    ('none', ('bf16', 'int8', 'nvfp4')),
+    ('none', ('bf16', 'int8')),
     ('full', ('bf16', 'int8')),
   ):
     yield from ((f'{remat} {n}', Variant(remat, *kept[n])) for n in names)

@@ -84,9 +84,7 @@ def of(name, **overrides):
   [
     ('fp4_sim', 'none'),
     ('int4_sim', 'full'),
-    ('int8', 'full'),
     ('quest4', 'linears'),
-    ('nvfp4', 'none'),
   ],
 )
 def test_the_model_trains_in_it(name, remat):

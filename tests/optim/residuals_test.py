@@ -105,8 +105,9 @@ def test_a_policy_may_remember_anything():
   assert state.residuals == 2
 
 
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize('shape', [(3, 2, 4, 6), (3, 6, 4)])
+@pytest.mark.parametrize(
+  ('shape', 'dtype'), [((3, 2, 4, 6), jnp.bfloat16), ((3, 6, 4), jnp.float32)]
+)
 @pytest.mark.parametrize('name', [*residuals.RESIDUALS, 'feedback'])
 def test_accelerators_take_one_layer_after_the_other(
   name, shape, dtype, monkeypatch

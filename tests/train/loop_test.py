@@ -94,7 +94,8 @@ def test_resuming_equals_running_on_bit_for_bit(
   config = make_config(arguments, mesh=mesh, **overrides)
   devices = jax.devices()[: 1 if mesh == 'data=1' else 8]
   whole = loop.train(config, tmp_path / 'whole', devices=devices)
-  for stop in (2, 5):  # twice, the second time from a resumed run
+  # Once twice, the second time from a resumed run.
+  for stop in (2, 5) if 'galore' in arguments else (3,):
     _stop_at(monkeypatch, stop)
     part = loop.train(config, tmp_path / 'parts', devices=devices)
     assert part == {'stopped': True, 'steps': stop}
@@ -142,7 +143,7 @@ def _wait_for_step(workdir, step, process):
 def test_kill_9_then_sigterm_then_resume_is_bit_for_bit(
   n_devices, command_line, tmp_path
 ):
-  steps = {'steps': 120, 'accumulation': 2, 'mesh': 'fsdp=-1', 'batch_size': 16}
+  steps = {'steps': 80, 'accumulation': 2, 'mesh': 'fsdp=-1', 'batch_size': 16}
 
   def argv(name):
     return command_line(tmp_path / name, checkpoint__every=10, **steps)
@@ -151,7 +152,7 @@ def test_kill_9_then_sigterm_then_resume_is_bit_for_bit(
     whole = _start(argv('whole'), n_devices, log)
     assert whole.wait(timeout=300) == 0
     part = _start(argv('part'), n_devices, log)
-    _wait_for_step(tmp_path / 'part', 25, part)
+    _wait_for_step(tmp_path / 'part', 12, part)
     checkpoints = tmp_path / 'part' / 'checkpoints'
     # In the middle of a save: Orbax writes under a temporary name.
     deadline = time.monotonic() + 60
@@ -163,10 +164,10 @@ def test_kill_9_then_sigterm_then_resume_is_bit_for_bit(
     assert half, 'the kill came after the save'
     kept = max(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
     reached = max(_rows(tmp_path / 'part'))
-    assert kept < reached < 80
+    assert kept < reached < 55
     part = _start(argv('part'), n_devices, log)
     # Beyond the rows that the killed run left.
-    _wait_for_step(tmp_path / 'part', reached + 20, part)
+    _wait_for_step(tmp_path / 'part', reached + 5, part)
     assert not [p for p in checkpoints.glob('*tmp*') if p.name in half]
     part.send_signal(signal.SIGTERM)
     assert part.wait(timeout=120) == 0
@@ -270,21 +271,18 @@ def test_preemption_does_not_wait_for_an_evaluation(
   assert loop.train(config, tmp_path)['steps'] == 6
 
 
-@pytest.mark.parametrize(
-  ('change', 'message'),
-  [
-    ({'data__sequence_length': 16}, 'sequence_length was 32, now it is 16'),
-    ({'data__shuffle_rows': 8}, 'shuffle_rows was 4096, now it is 8'),
-    ({'data__mode': 'c4_protocol'}, "mode was 'packed', now"),
-  ],
-)
 def test_resuming_in_the_middle_of_other_data_is_refused(
-  change, message, make_config, tmp_path, monkeypatch
+  make_config, tmp_path, monkeypatch
 ):
   _stop_at(monkeypatch, 1)
   loop.train(make_config(mesh='fsdp=8'), tmp_path)
-  with pytest.raises(ValueError, match=message):
-    loop.train(make_config(mesh='fsdp=8', **change), tmp_path)
+  for change, message in (
+    ({'data__sequence_length': 16}, 'sequence_length was 32, now it is 16'),
+    ({'data__shuffle_rows': 8}, 'shuffle_rows was 4096, now it is 8'),
+    ({'data__mode': 'c4_protocol'}, "mode was 'packed', now"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      loop.train(make_config(mesh='fsdp=8', **change), tmp_path)
 
 
 def test_a_workdir_that_cannot_be_is_refused(make_config, tmp_path):

@@ -54,12 +54,16 @@ def test_uneven_batches_are_refused(make_config):
     step.build(make_config(mesh='context=8', data__sequence_length=30))
 
 
-def _losses(config, devices, steps=3):
+def _losses(config, devices, steps=3, state=None):
+  """Losses, last state and program; from this state, or a fresh one."""
   program = step.build(config, devices)
   tok = tokenizer.tokenizer('bytes')
   batches = data.train_batches(config.data, tok, batch_size=config.batch_size)
   with jax.set_mesh(program.layout.mesh):
-    state = program.init(jax.random.PRNGKey(0))
+    if state is None:
+      state = program.init(jax.random.PRNGKey(0))
+    else:
+      state = jax.device_put(state, program.shardings)
     losses = []
     for _ in range(steps):
       state, metrics = program.train_step(state, program.put(next(batches)))
@@ -69,21 +73,37 @@ def _losses(config, devices, steps=3):
 
 
 @pytest.fixture(scope='module')
-def one_device_losses():
+def on_one_device():
+  """Of each optimizer: the state at the start, and the losses from there."""
   return {}
 
 
-@pytest.mark.parametrize('sizes', SHAPES_OF_8, ids=str)
+# All meshes with an optimizer that is quick to compile, some with one whose
+# projections are cut over the mesh, too.
+_SOME = [(1, 8, 1, 1), (1, 1, 8, 1), (2, 2, 2, 1), (1, 2, 2, 2)]
+
+
+@pytest.mark.parametrize(
+  ('opt', 'sizes'),
+  [('adamw', sizes) for sizes in SHAPES_OF_8]
+  + [('galore', sizes) for sizes in _SOME],
+  ids=str,
+)
 def test_every_mesh_of_8_gives_the_losses_of_one_device(
-  sizes, make_config, one_device_losses
+  opt, sizes, make_config, on_one_device
 ):
+  arguments = f'size=tiny,opt={opt}'
   kw = {'schedule__warmup_steps': 0, 'accumulation': 1}
-  if not one_device_losses:
-    config = make_config(mesh='data=1', **kw)
-    one_device_losses[0] = _losses(config, jax.devices()[:1])[0]
+  if opt not in on_one_device:
+    config = make_config(arguments, mesh='data=1', **kw)
+    one = jax.devices()[:1]
+    start = jax.device_get(step.build(config, one).init(jax.random.PRNGKey(0)))
+    on_one_device[opt] = start, _losses(config, one)[0]
+  start, want = on_one_device[opt]
   spec = ','.join(f'{a}={n}' for a, n in zip(mesh.AXES, sizes, strict=True))
-  losses, state, program = _losses(make_config(mesh=spec, **kw), None)
-  np.testing.assert_allclose(losses, one_device_losses[0], rtol=1e-5)
+  config = make_config(arguments, mesh=spec, **kw)
+  losses, state, program = _losses(config, None, state=start)
+  np.testing.assert_allclose(losses, want, rtol=1e-5)
   assert losses[-1] < losses[0]  # it trains
   # What the shardings promise is what the step returns.
   jax.tree.map(
@@ -95,7 +115,13 @@ def test_every_mesh_of_8_gives_the_losses_of_one_device(
 
 def test_parameters_and_state_are_cut(make_config):
   config = make_config(mesh='fsdp=4,tensor=2')
-  _, state, _ = _losses(config, None, steps=1)
+  _, state, program = _losses(config, None, steps=1)
+  # Born cut, with the numbers of one device.
+  fresh = program.init(jax.random.PRNGKey(0))
+  one = step.build(make_config(mesh='data=1'), jax.devices()[:1])
+  jax.tree.map(
+    np.testing.assert_array_equal, fresh, one.init(jax.random.PRNGKey(0))
+  )
   q = state.params['layers']['attn']['q']['kernel']
   assert q.addressable_shards[0].data.size * 8 == q.size
   total = sum(x.nbytes for x in jax.tree.leaves(state.opt_state))

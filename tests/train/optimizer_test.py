@@ -1,5 +1,7 @@
 """Names to transformations: where they are found and what they are given."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,11 +23,17 @@ def _build(model, config):
   return optimizer.make_optimizer(config, shapes, model.axes())
 
 
-def _one_update(model, tx):
+@functools.cache
+def _params_and_grads(model):
   params = model.init(jax.random.PRNGKey(0))
   grads = jax.tree.map(
     lambda p: jax.random.normal(jax.random.PRNGKey(p.size), p.shape), params
   )
+  return params, grads
+
+
+def _one_update(model, tx):
+  params, grads = _params_and_grads(model)
   updates, _ = jax.jit(tx.update)(grads, jax.jit(tx.init)(params), params)
   return params, grads, updates
 

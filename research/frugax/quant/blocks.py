@@ -138,9 +138,7 @@ def quantize(
   x = _blocks(x, block, mode='edge')
   low, high = x.min(-1), x.max(-1)
   # Divided before subtracted: the range may be beyond float32.
-  step = jnp.maximum(
-    high / steps - low / steps, jnp.maximum(-low, high) / _FAR
-  )
+  step = jnp.maximum(high / steps - low / steps, jnp.maximum(-low, high) / _FAR)
   step = jnp.maximum(step, jnp.finfo(jnp.float32).tiny)
   # Seen in the numbers: XLA's extremes need not keep a NaN on CPUs.
   finite = jnp.isfinite(x).all(-1)

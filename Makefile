@@ -1,5 +1,6 @@
 # make train   train a small LLaMA on the Python standard library, from nothing
-# make test    run the tests
+# make test    run the tests, but for the slow ones
+# make test-slow    run those
 # make parity  compare with the transformers package's LLaMA
 # make bench   time the step and the optimizers against hand-written ones
 # make bench-peers  time the optimizers against PyTorch's
@@ -24,15 +25,20 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export JAX_PLATFORMS ?= cpu
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: train test lint smoke parity bench bench-peers bench-kernels clean
+.PHONY: train test test-slow lint smoke parity bench bench-peers bench-kernels clean
 
 train: $(READY)
 	$(PY) -m frugax.train.corpus --data_dir=data
 	$(PY) -m frugax.train --config=$(CONFIG) --workdir="$(WORKDIR)" $(ARGS)
 	$(PY) -m frugax.report "$(WORKDIR)" --curves-only
 
+PYTEST := -m pytest -n 2 --dist loadfile --durations=10
+
 test: $(READY)
-	$(PY) -m pytest -n 2 --dist loadfile --durations=10
+	$(PY) $(PYTEST) -m 'not slow'
+
+test-slow: $(READY)
+	$(PY) $(PYTEST) -m slow
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from frugax import lowbit, optim, quant
 from frugax.models import llama
@@ -81,6 +82,7 @@ def test_a_model_of_stored_weights_trains():
   assert jax.tree.structure(again) == jax.tree.structure(stored)
 
 
+@pytest.mark.slow
 def test_any_format_can_be_trained():
   """`apply_updates` keeps the format and its scaling, stacked or not."""
   x = jax.random.normal(jax.random.key(0), (2, 8, 24))

@@ -66,6 +66,7 @@ def temporary_bytes(remat, dot_general=jax.lax.dot_general):
   return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_the_policy():
   tokens = np.random.default_rng(0).integers(0, 32, (2, 24), np.int32)
   want = None

@@ -262,6 +262,15 @@ OPTAX = {
 }
 ROWS = OURS | OPTAX
 
+# Rows that differ from another one by an option of it.
+VARIANTS = (
+  *('galore_decay', 'galore_sketch_long', 'galore_ldadam_random'),
+  *('fira_sketch_sign', 'apollo_svd_decay', 'ldadam_without_feedback'),
+  *('adamw_sn_groups', 'adam_sn_mean', 'snsm_sketch_rotate', 'lamb_sn'),
+  *('spam_kept_entries', 'stable_spam_paper', 'adam_linear8_sqrt'),
+  *('adam_4bit', 'adam_fp8', 'lion_8bit'),
+)
+
 PARAMS = {'stack': (2, 8, 24), 'w': (16, 8), 'b': (8,)}
 SPECS = {'stack': P(None, None, 'fsdp'), 'w': P('fsdp'), 'b': P('fsdp')}
 STEPS = 3
@@ -316,7 +325,13 @@ def specs_of(x):
   return jax.tree.map(lambda a: (jnp.shape(a), jnp.result_type(a)), x)
 
 
-@pytest.fixture(params=ROWS, name='name')
+@pytest.fixture(
+  params=[
+    pytest.param(name, marks=pytest.mark.slow if name in VARIANTS else ())
+    for name in ROWS
+  ],
+  name='name',
+)
 def _name(request):
   return request.param
 

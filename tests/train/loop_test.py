@@ -106,6 +106,7 @@ def test_resuming_equals_running_on_bit_for_bit(
   assert parts['tokens'] == whole['tokens']
 
 
+@pytest.mark.slow
 def test_a_checkpoint_restores_onto_another_mesh(
   make_config, tmp_path, monkeypatch
 ):
@@ -139,7 +140,9 @@ def _wait_for_step(workdir, step, process):
   pytest.fail(f'no step {step}; exit code {process.poll()}')
 
 
-@pytest.mark.parametrize('n_devices', [1, 8])
+@pytest.mark.parametrize(
+  'n_devices', [1, pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_kill_9_then_sigterm_then_resume_is_bit_for_bit(
   n_devices, command_line, tmp_path
 ):
@@ -292,41 +295,43 @@ def test_a_workdir_that_cannot_be_is_refused(make_config, tmp_path):
       loop.train(make_config(mesh='fsdp=8'), workdir)
 
 
-def test_two_processes_equal_one(command_line, tmp_path):
+@pytest.mark.parametrize(
+  'spec', ['tensor=4', pytest.param('fsdp=4', marks=pytest.mark.slow)]
+)
+def test_two_processes_equal_one(spec, command_line, tmp_path):
   """Real processes on loopback, also with a tensor axis across them."""
   # The sketch's first basis starts from nothing: it turns more with the order
   # of sums in a gradient than the runs may differ.
   same = {'data__seed': 1, 'optimizer__projector': 'svd'}
-  for spec in ('fsdp=4', 'tensor=4'):
-    name = spec.replace('=', '')
-    argv = command_line(tmp_path / f'one {name}', mesh=spec, **same)
-    with open(tmp_path / 'log', 'w', encoding='utf-8') as log:
-      assert _start(argv, 4, log).wait(timeout=300) == 0
-    argv = command_line(tmp_path / f'two {name}', mesh=spec, **same)
-    with socket.socket() as s:
-      s.bind(('localhost', 0))
-      port = s.getsockname()[1]
-    processes = []
-    for i in range(2):
-      join = {
-        'JAX_COORDINATOR_ADDRESS': f'localhost:{port}',
-        'JAX_NUM_PROCESSES': '2',
-        'JAX_PROCESS_ID': str(i),
-      }
-      with open(tmp_path / f'log {name} {i}', 'w', encoding='utf-8') as log:
-        processes.append(_start(argv, 2, log, join))
-    codes = [p.wait(timeout=300) for p in processes]
-    texts = [(tmp_path / f'log {name} {i}').read_text() for i in range(2)]
-    assert codes == [0, 0], texts
-    assert 'validation loss' in texts[0]
-    assert 'validation loss' not in texts[1]  # one process tells
-    one, two = (
-      json.loads((tmp_path / f'{n} {name}' / 'summary.json').read_text())
-      for n in ('one', 'two')
-    )
-    assert two['hardware']['processes'] == 2
-    if spec == 'tensor=4':  # the same rows in the same order
-      np.testing.assert_allclose(two['eval_loss'], one['eval_loss'], rtol=1e-5)
-    # Evaluation is over the same tokens whatever the number of processes.
-    assert two['eval_tokens'] == one['eval_tokens'] == 500
-    assert abs(two['eval_loss'] / one['eval_loss'] - 1) < 0.05
+  name = spec.replace('=', '')
+  argv = command_line(tmp_path / f'one {name}', mesh=spec, **same)
+  with open(tmp_path / 'log', 'w', encoding='utf-8') as log:
+    assert _start(argv, 4, log).wait(timeout=300) == 0
+  argv = command_line(tmp_path / f'two {name}', mesh=spec, **same)
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    port = s.getsockname()[1]
+  processes = []
+  for i in range(2):
+    join = {
+      'JAX_COORDINATOR_ADDRESS': f'localhost:{port}',
+      'JAX_NUM_PROCESSES': '2',
+      'JAX_PROCESS_ID': str(i),
+    }
+    with open(tmp_path / f'log {name} {i}', 'w', encoding='utf-8') as log:
+      processes.append(_start(argv, 2, log, join))
+  codes = [p.wait(timeout=300) for p in processes]
+  texts = [(tmp_path / f'log {name} {i}').read_text() for i in range(2)]
+  assert codes == [0, 0], texts
+  assert 'validation loss' in texts[0]
+  assert 'validation loss' not in texts[1]  # one process tells
+  one, two = (
+    json.loads((tmp_path / f'{n} {name}' / 'summary.json').read_text())
+    for n in ('one', 'two')
+  )
+  assert two['hardware']['processes'] == 2
+  if spec == 'tensor=4':  # the same rows in the same order
+    np.testing.assert_allclose(two['eval_loss'], one['eval_loss'], rtol=1e-5)
+  # Evaluation is over the same tokens whatever the number of processes.
+  assert two['eval_tokens'] == one['eval_tokens'] == 500
+  assert abs(two['eval_loss'] / one['eval_loss'] - 1) < 0.05

@@ -76,6 +76,7 @@ def test_sharded_equals_one_device(matmul, make_config):
     assert error.max() < np.ptp(np.asarray(b)) / 100
 
 
+@pytest.mark.slow
 def test_int8_weights_resume_bit_for_bit(make_config, tmp_path, monkeypatch):
   """Q-GaLore whole: its optimizer, and weights with no copy in more bits."""
   config = make_config(

@@ -85,7 +85,10 @@ _SOME = [(1, 8, 1, 1), (1, 1, 8, 1), (2, 2, 2, 1), (1, 2, 2, 2)]
 
 @pytest.mark.parametrize(
   ('opt', 'sizes'),
-  [('adamw', sizes) for sizes in SHAPES_OF_8]
+  [
+    pytest.param('adamw', sizes, marks=() if 8 in sizes else pytest.mark.slow)
+    for sizes in SHAPES_OF_8
+  ]
   + [('galore', sizes) for sizes in _SOME],
   ids=str,
 )

@@ -62,6 +62,7 @@ def _rows(workdir, key='loss'):
   return {row['step']: row for row in rows if key in row}
 
 
+@pytest.mark.slow
 def test_a_run_switches_once_and_resumes_in_either_phase(
   make_config, tmp_path, monkeypatch, capsys
 ):

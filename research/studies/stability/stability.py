@@ -11,7 +11,8 @@ rates with three seeds, 120 runs of 200 steps, an hour on two CPU cores. Not run
 by us yet: --size=10m and --size=60m, on one GPU with --jobs=1.
 
 WORKDIR gets a folder with one folder a run, stability.json and stability.png.
-Interrupted, the same command goes on. Runs that stability.json tells of are not
+Interrupted, the same command goes on; --report tells of the runs that are done.
+Runs that stability.json tells of are not
 trained again, whatever commit they are of: copy the one beside this file there
 to add to it. The table says which commits its runs are of.
 
@@ -161,7 +162,9 @@ class Grid:
     self.steps, self.entropy = steps, entropy
     self.cells = {
       (name, factor): [
-        results[name, learning_rate(name, factor), seed] for seed in SEEDS
+        results[key]
+        for seed in SEEDS
+        if (key := (name, learning_rate(name, factor), seed)) in results
       ]
       for name in RATES
       for factor in FACTORS
@@ -306,6 +309,9 @@ def main():
   parser.add_argument(
     '--jobs', type=int, default=2, help='runs at a time, each on its own cores'
   )
+  parser.add_argument(
+    '--report', action='store_true', help='train nothing, tell what is there'
+  )
   args = parser.parse_args()
   args.steps = args.steps or SCHEDULES[args.size][0]
   to = args.workdir / folder(args)
@@ -321,10 +327,13 @@ def main():
     for name in RATES
     for seed in SEEDS
   ]
-  results.get(keys)
+  results.get(keys, train=not args.report)
+  keys, wanted = [key for key in keys if key in results.of], len(keys)
   grid = Grid(results.of, args.steps, entropy(args))
   title = f'{args.size}, {args.matmul}, {args.steps} steps'
   print('\n'.join([title, *results.origins(keys)]), end='\n\n')
+  if missing := wanted - len(keys):
+    print(f'NOT COMPLETE: {missing} of {wanted} runs are missing\n')
   print(tables(grid))
   picture(to / 'stability.png', grid, title)
 

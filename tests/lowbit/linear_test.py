@@ -432,3 +432,27 @@ def test_the_bits_of_quest():
 def _at(operand, factor):
   scaling = dataclasses.replace(operand.scaling, factor=factor)
   return dataclasses.replace(operand, scaling=scaling)
+
+
+@pytest.mark.parametrize('recipe', ['int4', 'quest4'])
+def test_the_codes_of_weights_are_gathered(recipe):
+  """Packed, where the product of the backward pass rounds them again, too."""
+  seen = []
+
+  def gather(codes, axes):
+    seen.append((codes.shape, codes.dtype.name, axes))
+    return codes
+
+  x, w = jnp.ones((3, 4, 6)), jnp.arange(6 * 2 * 4.0).reshape(6, 2, 4)
+  dims = (((2,), (0,)), ((), ()))
+  dot = lowbit.dot_general(lowbit.recipe(recipe), gather=gather)
+  plain = lowbit.dot_general(lowbit.recipe(recipe))
+  for got, want in zip(
+    jax.grad(lambda x, w: (dot(x, w, dims) ** 2).sum(), (0, 1))(x, w),
+    jax.grad(lambda x, w: (plain(x, w, dims) ** 2).sum(), (0, 1))(x, w),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(got, want)
+  forward = ((2, 4, 3), 'uint8', (1, 2, 0))
+  again = ((6, 8), 'int8', (0, 1))
+  assert seen == [forward, again if recipe == 'int4' else forward]

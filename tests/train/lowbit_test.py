@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from frugax import lowbit, quant
-from frugax.train import loop, signals, step
+from frugax.train import loop, mesh, signals, step
 
 
 def _batch(config):
@@ -74,6 +74,17 @@ def test_sharded_equals_one_device(matmul, make_config):
     error = np.abs(np.asarray(a) - np.asarray(b))
     assert np.mean(error > 1e-6) < 0.02
     assert error.max() < np.ptp(np.asarray(b)) / 100
+
+
+def test_codes_are_gathered_along_embed_alone():
+  layout = mesh.make_layout('fsdp=4,tensor=2')
+  names = ('mlp', 'embed', None)
+  x = np.arange(6 * 8 * 2, dtype=np.int8).reshape(6, 8, 2)
+  cut = jax.device_put(x, layout.sharding(names, x.shape))
+  y = jax.jit(lambda x: layout.gather(x, names))(cut)
+  np.testing.assert_array_equal(y, x)
+  assert y.dtype == np.int8
+  assert y.addressable_shards[0].data.shape == (3, 8, 2)
 
 
 @pytest.mark.slow

@@ -21,7 +21,10 @@ from frugax.quant.tiles import Tiled
 
 
 def dot_general(
-  recipe: Recipe, key: jax.Array | None = None, native: bool | None = None
+  recipe: Recipe,
+  key: jax.Array | None = None,
+  native: bool | None = None,
+  gather: Callable | None = None,
 ) -> Callable[..., jax.Array]:
   """A function like `jax.lax.dot_general`, computed as a recipe says.
 
@@ -51,6 +54,11 @@ def dot_general(
       computes a layer again.
     native: whether codes are multiplied as they are. None does so except on
       CPUs, where products of wider numbers are faster.
+    gather: called on the codes of the weights, once rounded, as `gather(codes,
+      axes)`, with the axis of the weights that each axis of the codes is made
+      of (the first, of several; None for none); returns them with a sharding.
+      Weights that are cut over devices are rounded where they lie, and travel
+      in few bits: of at most 4 bits as bytes of several codes.
 
   Returns:
     The function. Its left operand is the activations, its right one the
@@ -68,13 +76,18 @@ def dot_general(
     return lax.dot_general
 
   def dot(lhs, rhs, *args, **kwargs):
-    return _products(recipe, key, native, lhs, (rhs,), *args, **kwargs)[0]
+    return _products(
+      recipe, key, native, (gather,), lhs, (rhs,), *args, **kwargs
+    )[0]
 
   return dot
 
 
 def dot_generals(
-  recipe: Recipe, key: jax.Array | None = None, native: bool | None = None
+  recipe: Recipe,
+  key: jax.Array | None = None,
+  native: bool | None = None,
+  gathers: Sequence[Callable | None] | None = None,
 ) -> Callable[..., tuple[jax.Array, ...]]:
   r"""Several linear layers of the same activations, such as q, k and v.
 
@@ -100,6 +113,7 @@ def dot_generals(
       its own.
     key: as in `dot_general`.
     native: as in `dot_general`.
+    gathers: the `gather` of each of the weights; None for none.
 
   Returns:
     A function like `jax.lax.dot_general` whose right operand is a sequence of
@@ -119,11 +133,14 @@ def dot_generals(
     (what is saved of activations, and how often)
   """
   if recipe.fuse and not _is_plain(recipe):
-    return functools.partial(_products, recipe, key, native)
-  dot = dot_general(recipe, key, native)
+    return functools.partial(_products, recipe, key, native, gathers)
 
   def dots(lhs, rhs, *args, **kwargs):
-    return tuple(dot(lhs, w, *args, **kwargs) for w in rhs)
+    each = gathers or [None] * len(rhs)
+    return tuple(
+      dot_general(recipe, key, native, gather)(lhs, w, *args, **kwargs)
+      for w, gather in zip(rhs, each, strict=True)
+    )
 
   return dots
 
@@ -137,6 +154,7 @@ def _products(
   recipe,
   key,
   native,
+  gathers,
   lhs: jax.Array,
   rhs: Sequence[jax.Array],
   dimension_numbers,
@@ -157,8 +175,16 @@ def _products(
       )
   (lc, rc), (lb, rb) = dimension_numbers
   dtype = jnp.result_type(lhs.dtype, *(w.dtype for w in rhs))
+  units = [i for i in range(rhs[0].ndim) if i not in (*rb, *rc)]
   layer = _Layer(
-    recipe, len(lb), dtype, native, precision, preferred_element_type
+    recipe,
+    len(lb),
+    dtype,
+    native,
+    precision,
+    preferred_element_type,
+    tuple(gathers or [None] * len(rhs)),
+    (tuple(rb), tuple(units), tuple(rc)),
   )
   ws = tuple(matrices.view(w, rb, rc) for w in rhs)
   return _linear(layer, matrices.view(lhs, lb, lc), ws, key)
@@ -173,6 +199,20 @@ class _Layer(NamedTuple):
   native: bool | None
   precision: object
   preferred: object
+  gathers: tuple
+  axes: tuple  # of the weights: stacked, kept, contracted
+
+  def gathered(self, i, w, transposed=False):
+    """The rounded weights, number i, their codes gathered."""
+    if self.gathers[i] is None or not isinstance(w, Tiled):
+      return w
+    batch, units, columns = self.axes
+    column = next(iter(columns), None)
+    if transposed:
+      axes = (*batch, column, next(iter(units), None))
+    else:
+      axes = (*batch, *units, column)
+    return dataclasses.replace(w, data=self.gathers[i](w.data, axes))
 
   def multiply(self, left, right):
     return multiply.rows_by_rows(
@@ -209,8 +249,8 @@ def _forward(layer, x, ws, key):
     layer, product, 'left', x, operand_keys(key, 0, x, x)[0]
   )
   rights = [
-    _rounded(layer, product, 'right', w, operand_keys(key, 0, w, w)[1])[0]
-    for w in ws
+    layer.gathered(i, _forward_weights(layer, w, key)[0])
+    for i, w in enumerate(ws)
   ]
   ys = tuple(
     _result(layer, product, 3, y, key).astype(layer.preferred or layer.dtype)
@@ -252,12 +292,10 @@ def _backward(layer, residuals, gs):
       layer, recipe.forward, 'left', kept, operand_keys(key, 0, kept, kept)[0]
     )
   dxs, dws = [], []
-  for w, g in zip(ws, gs, strict=True):
-    forward_w, w_mask = _rounded(
-      layer, recipe.forward, 'right', w, operand_keys(key, 0, w, w)[1]
-    )
+  for i, (w, g) in enumerate(zip(ws, gs, strict=True)):
+    forward_w, w_mask = _forward_weights(layer, w, key)
     g = g.astype(layer.dtype)
-    dx = _input_grad(layer, g, w, forward_w, len(shape) - 1, key)
+    dx = _input_grad(layer, i, g, w, forward_w, len(shape) - 1, key)
     dxs.append(dx.reshape(shape))
     if recipe.weight_grad.right.source == 'forward':
       right = matrices.as_array(forward_x, dtype)
@@ -275,8 +313,8 @@ def _backward(layer, residuals, gs):
   return dx.astype(dtype), tuple(dws), None
 
 
-def _input_grad(layer, g, w, forward_w, rows, key):
-  """g (*batch, *rows, units) by w (*batch, columns, units)."""
+def _input_grad(layer, i, g, w, forward_w, rows, key):
+  """g (*batch, *rows, units) by w (*batch, columns, units), number i."""
   product, batch = layer.recipe.input_grad, layer.batch
   rotation = product.rotation
   left = matrices.merge(g, rows)
@@ -291,10 +329,14 @@ def _input_grad(layer, g, w, forward_w, rows, key):
     product.left, matrices.turned(left, rotation, signs), batch, key_g
   )
   own = product.right.source == 'array'
-  right = w if own else matrices.as_array(forward_w, w.dtype)
+  right = w
+  if not own:
+    right = matrices.as_array(layer.gathered(i, forward_w), w.dtype)
   right = jnp.moveaxis(right, -1, batch)
   right = matrices.turned(matrices.merge(right, batch + 1), rotation, signs)
   right, _ = matrices.rounded(product.right, right, batch, key_w)
+  if own:
+    right = layer.gathered(i, right, transposed=True)
   dx = layer.multiply(left, right)
   if along_rows:
     dx = matrices.rotate(dx, rotation, signs, axis=-2, inverse=True)
@@ -333,6 +375,11 @@ def _weight_grad_right(layer, x, signs, key):
   key = operand_keys(key, 2, right, right)[1]
   right = matrices.turned(right, product.rotation, signs)
   return matrices.rounded(product.right, right, layer.batch, key)[0]
+
+
+def _forward_weights(layer, w, key):
+  key = operand_keys(key, 0, w, w)[1]
+  return _rounded(layer, layer.recipe.forward, 'right', w, key)
 
 
 def _rounded(layer, product, side, x, key):

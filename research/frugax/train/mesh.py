@@ -135,6 +135,32 @@ class Layout:
     """Shards an activation inside jit; models get this as an argument."""
     return jax.lax.with_sharding_constraint(x, self.sharding(names, x.shape))
 
+  def gather(self, x: jax.Array, names) -> jax.Array:
+    """Weights inside jit, whole along 'embed': for storage alone are they cut.
+
+    They travel as they are, in few bits if they were rounded. The compiler,
+    told to have x whole, may as well gather what x was computed from.
+    """
+    cut = self.spec(names, x.shape)
+    whole = PartitionSpec(
+      *(
+        None if n == 'embed' else axes
+        for n, axes in zip(names, cut, strict=True)
+      )
+    )
+    if cut == whole:
+      return x
+
+    def gathered(x):
+      for i, (axes, left) in enumerate(zip(cut, whole, strict=True)):
+        if axes != left:
+          x = jax.lax.all_gather(x, axes, axis=i, tiled=True)
+      return x
+
+    return jax.shard_map(
+      gathered, mesh=self.mesh, in_specs=cut, out_specs=whole, check_vma=False
+    )(x)
+
   def tree(self, axes, shapes):
     """Shardings of a tree of arrays, from its tree of logical names."""
     return jax.tree.map(

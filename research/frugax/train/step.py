@@ -304,7 +304,9 @@ def build(config, devices: Sequence[jax.Device] | None = None) -> Program:
   )
   fields = config.model.to_dict()
   model = llama.Llama(
-    llama.config(fields.pop('size'), **fields), constrain=layout.constrain
+    llama.config(fields.pop('size'), **fields),
+    constrain=layout.constrain,
+    gather=layout.gather,
   )
   stored = jax.eval_shape(model.init, jax.random.PRNGKey(0))
   shapes = jax.eval_shape(lowbit.load_weights, stored)

@@ -29,3 +29,14 @@ def axes(config) -> dict:
   if not config.tie_embeddings:
     out['lm_head'] = {'kernel': ('embed', 'vocab')}
   return out
+
+
+def of_linear(config, path: str) -> tuple[str, ...]:
+  """The names of the axes of one linear's weights, 'attn/q' or 'lm_head'."""
+  tree = axes(config)
+  if path == 'lm_head':
+    if config.tie_embeddings:
+      return tree['embed']['embedding']
+    return tree['lm_head']['kernel']
+  module, name = path.split('/')
+  return tree['layers'][module][name]['kernel'][1:]

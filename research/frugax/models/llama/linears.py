@@ -9,9 +9,15 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from frugax import lowbit
+from frugax.models.llama import axes
 from frugax.models.llama.config import LlamaConfig
 
 SAVED = 'linear'  # what `remat='linears'` keeps
+
+
+def identity(x, names):
+  """What a model does to arrays without a mesh."""
+  return x
 
 
 def normal(std):
@@ -41,10 +47,19 @@ def plain(paths):
   return one_by_one([lax.dot_general] * len(paths))
 
 
+def gather_codes(config, path, gather):
+  """What `lowbit.dot_general` does to the codes of a linear's weights."""
+  names = axes.of_linear(config, path)
+  return lambda codes, of: gather(
+    codes, [None if i is None else names[i] for i in of]
+  )
+
+
 def by_recipe(
   config: LlamaConfig,
   dot_general: Callable | None = None,
   wrap: Callable | None = None,
+  gather: Callable = identity,
 ) -> Callable:
   """Products as the recipes of the config say: of one recipe, together.
 
@@ -52,6 +67,7 @@ def by_recipe(
     config: names the recipe of each linear.
     dot_general: computes all of them in its place, one by one.
     wrap: (path, dot_general) -> another one; with it they are one by one, too.
+    gather: see `Llama`.
 
   Returns:
     (paths of linears of the same input) -> what `one_by_one` returns.
@@ -61,15 +77,19 @@ def by_recipe(
     if dot_general is not None:
       return one_by_one([dot_general] * len(paths))
     recipes = [lowbit.recipe(config.recipe_of(path)) for path in paths]
+    gathers = [gather_codes(config, path, gather) for path in paths]
     if wrap is not None:
-      dots = map(lowbit.dot_general, recipes)
+      dots = [
+        lowbit.dot_general(recipe, gather=own)
+        for recipe, own in zip(recipes, gathers, strict=True)
+      ]
       return one_by_one(list(map(wrap, paths, dots)))
 
     def products(x, kernels, dimension_numbers):
       out = {}
       for recipe in dict.fromkeys(recipes):
         where = [i for i, other in enumerate(recipes) if other == recipe]
-        dots = lowbit.dot_generals(recipe)
+        dots = lowbit.dot_generals(recipe, gathers=[gathers[i] for i in where])
         ys = dots(x, [kernels[i] for i in where], dimension_numbers)
         out |= zip(where, ys, strict=True)
       return [out[i] for i in range(len(recipes))]

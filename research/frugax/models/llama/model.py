@@ -27,10 +27,6 @@ _POLICIES = {
 }
 
 
-def _identity(x, names):
-  return x
-
-
 def _operation(function):
   return lambda inputs, others=(): function(*inputs, *others)
 
@@ -104,7 +100,7 @@ class Block(nn.Module):
 
   config: LlamaConfig
   product: Callable = linears.plain  # of the paths of linears of one input
-  constrain: Callable = _identity
+  constrain: Callable = linears.identity
   operation: Callable = _operation  # of a function: what norms and SwiGLU call
 
   @nn.compact
@@ -156,6 +152,8 @@ class Llama:
       embedding before its look-up; returns `x` with a sharding. The model
       knows names, not meshes: 'batch', 'sequence', 'kv_sequence', 'act_embed',
       'act_heads', 'act_kv_heads', 'head_dim', 'act_mlp', 'act_vocab'.
+    gather: called likewise on the rounded weights of linears, their axes named
+      as in `axes`; returns them as products shall have them.
 
   Examples:
     >>> from frugax.models import llama
@@ -187,9 +185,10 @@ class Llama:
     *,
     dot_general: Callable | None = None,
     wrap: Callable | None = None,
-    constrain: Callable = _identity,
+    constrain: Callable = linears.identity,
+    gather: Callable = linears.identity,
   ):
-    product = linears.by_recipe(config, dot_general, wrap)
+    product = linears.by_recipe(config, dot_general, wrap, gather)
     self.config = config
     self._constrain = constrain
 
@@ -203,7 +202,10 @@ class Llama:
     self._exempt = (0, 0) if dot_general else config.matmul_exempt
     as_it_is = functools.partial(operation, lowbit.Flow())
     self._exempt_block = Block(config, linears.plain, constrain, as_it_is)
-    head = lowbit.dot_general(lowbit.recipe(config.matmul_head))
+    head = lowbit.dot_general(
+      lowbit.recipe(config.matmul_head),
+      gather=linears.gather_codes(config, 'lm_head', gather),
+    )
     self._head = head if wrap is None else wrap('lm_head', head)
     self._norm = RMSNorm(config)
     # Once, here: without it, every eager call would compile the scan anew.

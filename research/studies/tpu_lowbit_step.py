@@ -1,0 +1,253 @@
+"""What a training step in few bits sends and multiplies on 16 TPU chips.
+
+    python research/studies/tpu_lowbit_step.py
+    python research/studies/tpu_lowbit_step.py int8 int4    # only these
+
+Needs the TPU's compiler, `pip install 'frugax[tpu]'`, and no TPU: the training
+step of LLaMA-1b (AdamW, remat 'full', 32 sequences of 1024) is compiled for 16
+described devices, its weights cut over all of them (fsdp=16), and the program
+is read. A variant takes one to three minutes on two cores.
+
+The first table has what the layers' linears send, in one layer: arrays and
+their bytes, once forward and once backward, where remat rounds and gathers
+the weights again. Some gradients of weights are reduced and scattered one
+chunk at a time while they are computed ('product, permute'); these count with
+the whole array. Of arrays of fewer bytes than 1 % of the largest (scales, keys)
+there is the sum alone. The second has how many products there are, forward and
+backward, of which operands. These are static counts: nothing was run.
+"""
+
+import os
+
+# Before jax: libtpu is asked for a chip it does not have, and to write no logs.
+os.environ |= {
+  'JAX_PLATFORMS': 'cpu',
+  'TPU_SKIP_MDS_QUERY': '1',
+  'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+  'TPU_LOG_DIR': 'disabled',
+  'TPU_MIN_LOG_LEVEL': '3',
+  'TPU_STDERR_LOG_LEVEL': '3',
+}
+
+import argparse
+import collections
+import json
+import math
+import pathlib
+import re
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from frugax import config as fx_config
+from frugax.train import metrics, step
+
+_CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / 'llama.py'
+_BITS = {'f32': 32, 'bf16': 16, 's32': 32, 'u32': 32, 's8': 8, 'u8': 8, 's4': 4}
+_COLLECTIVE = re.compile(
+  r'^ *(?:ROOT )?(\S+) = (.*?) (all-gather|all-reduce|reduce-scatter|'
+  r'all-to-all|collective-permute)(?:-start)?\('
+)
+_PRODUCT = re.compile(r' = \S+ (?:convolution|dot)\((\S+), (\S+)\)')
+# As in `%x = (s8[4,128]{1,0}, s8[8,128]{1,0}) ...`: the first array's dtype.
+_VALUE = re.compile(r'^ *(?:ROOT )?(%\S+) = (\w+)\[')
+_ARRAY = re.compile(r'\b([a-z]+\d\w*)\[([\d,]*)\]')
+
+LARGE = {
+  'batch_size': 32,
+  'data.sequence_length': 1024,
+  'model.remat': 'full',
+}
+# Rows of 128 and of a few layers: what a test compiles in seconds.
+SMALL = {
+  'batch_size': 16,
+  'data.sequence_length': 128,
+  'model.n_layers': 2,
+  'model.dim': 256,
+  'model.ffn': 512,
+  'model.vocab_size': 512,
+  'model.n_heads': 4,
+  'model.n_kv_heads': 4,
+}
+
+
+class Variant(NamedTuple):
+  """A recipe, the devices it is compiled for, and their mesh."""
+
+  matmul: str
+  topology: str = 'v5e:4x4'
+  mesh: str = 'fsdp=16'
+
+
+VARIANTS = {
+  'bf16': Variant('bf16'),
+  'int8': Variant('int8'),
+  'int4': Variant('int4'),
+  'tpu7x bf16': Variant('bf16', 'tpu7x:2x2x2'),
+  'tpu7x fp8': Variant('fp8', 'tpu7x:2x2x2'),
+}
+
+
+class Sent(NamedTuple):
+  """A collective in a layer's linears.
+
+  Attributes:
+    operation: its name.
+    path: 'attn' or 'mlp'.
+    backward: whether it is in the backward pass.
+    dtype: of the array that it gives.
+    shape: likewise; of a product that is scattered while it is computed, of a
+      chip's part.
+  """
+
+  operation: str
+  path: str
+  backward: bool
+  dtype: str
+  shape: tuple[int, ...]
+
+  @property
+  def size(self) -> float:
+    """Bytes."""
+    bits = 8 if self.dtype.startswith('f8') else _BITS[self.dtype]
+    return math.prod(self.shape) * bits / 8
+
+
+def compiled_text(variant: Variant, size: str, **fields) -> str:
+  """The optimized program of a training step."""
+  devices = topologies.get_topology_desc(
+    platform='tpu', topology_name=variant.topology
+  ).devices
+  fields = {'mesh': variant.mesh, 'model.dtype': 'bfloat16', **fields}
+  argv = [
+    f'--config={_CONFIG}:size={size},opt=adamw,matmul={variant.matmul}',
+    '--workdir=unused',
+    *(f'--config.{name}={value}' for name, value in fields.items()),
+  ]
+  config = fx_config.parse_command_line(argv, 'test')[0]
+  program = step.build(config, devices)
+  shape = (config.batch_size, config.data.sequence_length)
+  ids = jax.ShapeDtypeStruct(
+    shape,
+    jnp.int32,
+    sharding=program.layout.sharding(('batch', 'sequence'), shape),
+  )
+  names = ('tokens', 'labels', 'segment_ids', 'positions')
+  # Not under the mesh: its devices can compute nothing, not even a key.
+  state = program.abstract_state()
+  with jax.set_mesh(program.layout.mesh):
+    lowered = program.train_step.lower(state, dict.fromkeys(names, ids))
+    return lowered.compile().as_text()
+
+
+def _place(line):
+  """('attn', whether it is backward) of an operation of linears, else None."""
+  match = re.search(r'op_name="([^"]*?/(\w+)\.linears/[^"]*)"', line)
+  return match and (match[2], 'transpose(' in match[1])
+
+
+def sent(text: str) -> list[Sent]:
+  """The collectives of linears in a program, each once."""
+  found, computation = {}, ''
+  for line in text.splitlines():
+    if line.startswith(('%', 'ENTRY')):
+      computation = line.split(' ')[0]
+    match, place = _COLLECTIVE.search(line), _place(line)
+    if not match or not place:
+      continue
+    name, result, operation = match.groups()
+    # One that runs beside others is written once for each of them.
+    if beside := re.search(r'chain_id="(\d+)"', line):
+      name = f'chain {beside[1]}'
+    arrays = _ARRAY.findall(result)
+    if operation == 'collective-permute':
+      if 'windowed' not in computation:  # a first round, before the loop
+        continue
+      operation, arrays = 'product, permute', arrays[:1]
+      name = f'{computation} {arrays}'
+    found[name] = [
+      Sent(
+        operation, *place, dtype, tuple(map(int, filter(None, n.split(','))))
+      )
+      for dtype, n in arrays
+    ]
+  return [one for each in found.values() for one in each]
+
+
+def products(text: str) -> collections.Counter:
+  """How many products of linears have (is it backward, dtype, dtype)."""
+  dtypes = {}
+  for line in text.splitlines():
+    if match := _VALUE.search(line):
+      dtypes[match[1]] = match[2]
+  found = collections.Counter()
+  for line in text.splitlines():
+    match, place = _PRODUCT.search(line), _place(line)
+    if match and place:
+      found[place[1], dtypes[match[1]], dtypes[match[2]]] += 1
+  return found
+
+
+def show(name: str, variant: Variant) -> None:
+  """Compiles a variant and prints its tables."""
+  start = time.monotonic()
+  text = compiled_text(variant, '1b', **LARGE)
+  seconds = time.monotonic() - start
+  print(f'\n{name}: {variant.topology}, {variant.mesh}, {seconds:.0f} s')
+  groups, small = collections.defaultdict(list), 0.0
+  all_sent = sent(text)
+  floor = max(s.size for s in all_sent) / 100
+  for s in all_sent:
+    if s.size < floor:
+      small += s.size
+    else:
+      groups[s.backward, s.operation, s.dtype].append(s)
+  for (backward, operation, dtype), found in sorted(groups.items()):
+    total = sum(s.size for s in found)
+    if operation == 'product, permute':
+      total *= 16
+    where = 'backward' if backward else 'forward'
+    print(
+      f'  {where:9s}{operation:17s}{dtype:10s}{len(found):4d} arrays'
+      f'{total / 2**20:9.2f} MiB'
+    )
+  print(f'  all else {small / 2**20:.2f} MiB')
+  for (backward, *pair), n in sorted(products(text).items()):
+    where = 'backward' if backward else 'forward'
+    print(f'  {where:9s}{n:4d} products of {" by ".join(pair)}', flush=True)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('variants', nargs='*', help=', '.join(VARIANTS))
+  parser.add_argument(
+    '--small',
+    metavar='MATMUL,TOPOLOGY,MESH',
+    help='print what was read of this, of a small model, as JSON',
+  )
+  arguments = parser.parse_args()
+  if arguments.small:
+    variant = Variant(*arguments.small.split(',', 2))
+    text = compiled_text(variant, 'tiny', **SMALL)
+    counts = [[*key, n] for key, n in products(text).items()]
+    print(json.dumps({'sent': sent(text), 'products': counts}))
+    return
+  for variant in arguments.variants:
+    if variant not in VARIANTS:
+      raise SystemExit(f'no variant {variant!r}: {", ".join(VARIANTS)}')
+  info = metrics.run_info()
+  print(
+    f'commit {info["commit"]}{" (changed)" * bool(info["dirty"])},'
+    f' jax {info["jax"]}, LLaMA-1b'
+  )
+  for name in arguments.variants or VARIANTS:
+    show(name, VARIANTS[name])
+
+
+if __name__ == '__main__':
+  main()

@@ -1,6 +1,7 @@
 # make train   train a small LLaMA on the Python standard library, from nothing
 # make test    run the tests, but for the slow ones
 # make test-slow    run those
+# make test-gpu  compile the GPU kernels for an H200; no GPU is needed
 # make parity  compare with the transformers package's LLaMA
 # make bench   time the step and the optimizers against hand-written ones
 # make bench-peers  time the optimizers against PyTorch's
@@ -17,6 +18,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("py%d.%d" % sys.version_info[
 READY := $(VENV)/ready-$(VERSION)
 PARITY_VENV ?= .venv-parity
 KERNELS_VENV ?= .venv-kernels
+GPU_VENV ?= .venv-gpu
 WORKDIR ?= runs/tiny
 CONFIG ?= configs/llama.py:size=tiny,opt=galore
 ARGS ?=
@@ -25,7 +27,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export JAX_PLATFORMS ?= cpu
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: train test test-slow lint smoke parity bench bench-peers bench-kernels clean
+.PHONY: train test test-slow test-gpu lint smoke parity bench bench-peers bench-kernels clean
 
 train: $(READY)
 	$(PY) -m frugax.train.corpus --data_dir=data
@@ -46,6 +48,9 @@ lint: $(READY)
 
 smoke: $(READY)
 	$(PY) -m pytest tests/smoke_test.py
+
+test-gpu: $(GPU_VENV)/ready-$(VERSION)
+	PYTHONPATH=research $(GPU_VENV)/bin/python -m pytest tests/kernels/gpu_test.py -v
 
 parity: $(PARITY_VENV)/ready-$(VERSION)
 	$(PARITY_VENV)/bin/python -m pytest tests/parity -v
@@ -70,11 +75,15 @@ clean:
 	rm -rf .venv .venv-* .cache
 
 # pip takes the newest versions that the constraints of this Python allow.
-define install
+CONSTRAINTS := launch/constraints/$(if $(filter py3.11,$(VERSION)),py311,py312).txt
+define venv
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"frugax needs Python 3.11 or newer, $(PYTHON) is {v[0]}.{v[1]}; choose one with make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	@echo "making the virtual environment $(@D) (a few minutes the first time)"
 	@$(PYTHON) -m venv --clear $(@D) || { echo "python -m venv failed; on Debian: apt install python3-venv"; exit 1; }
-	$(@D)/bin/python -m pip install --quiet --editable '.[$(1)]' --constraint launch/constraints/$$($(PYTHON) -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")').txt
+endef
+define install
+	$(venv)
+	$(@D)/bin/python -m pip install --quiet --editable '.[$(1)]' --constraint $(CONSTRAINTS)
 	@touch $@
 endef
 
@@ -87,3 +96,10 @@ $(PARITY_VENV)/ready-$(VERSION): pyproject.toml $(wildcard launch/constraints/*.
 $(KERNELS_VENV)/ready-$(VERSION): pyproject.toml $(wildcard launch/constraints/*.txt)
 	$(call install,tpu)
 	$(@D)/bin/python -m pip install --quiet --no-deps libtpu==0.0.51 || { rm $@; exit 1; }
+
+# The compilers without their dependencies, which are libraries for a GPU at hand.
+$(GPU_VENV)/ready-$(VERSION): $(wildcard launch/constraints/*.txt)
+	$(venv)
+	$(@D)/bin/python -m pip install --quiet absl-py jax pytest --constraint $(CONSTRAINTS)
+	$(@D)/bin/python -m pip install --quiet --no-deps jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12 --constraint $(CONSTRAINTS)
+	@touch $@

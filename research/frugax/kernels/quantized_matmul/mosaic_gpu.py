@@ -1,6 +1,7 @@
 """`quantized_matmul` for Hopper, by Mosaic GPU: 8-bit floats, and int8."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -119,10 +120,7 @@ def _kernel(kind, blocks, counts, row_ends, interpret, a, b, *refs):
     scales, terms = [], []
     for axis in (0, 1):
       for found, x in zip((scales, terms), ends[axis], strict=False):
-        if interpret:
-          x = x[at[axis]]
-        else:
-          x = plgpu.load(x, (at[axis],), optimized=False)
+        x = x[at[axis]] if interpret else _load(x.at[at[axis]])
         found.append(lax.broadcast_in_dim(x, y.shape, (axis,)))
     out[at] = rescaled(y, terms, scales).astype(out.dtype)
 
@@ -156,8 +154,17 @@ def _kernel(kind, blocks, counts, row_ends, interpret, a, b, *refs):
   )
 
 
+def _load(ref):
+  """In whatever way: the layout of a sum's rows or columns has no fast one."""
+  # Before jax 0.12 it had an index, too.
+  index = ((),) if 'idx' in inspect.signature(plgpu.load).parameters else ()
+  return plgpu.load(ref, *index, optimized=False)
+
+
 def _interpreter():
-  # jax has no public name for it yet.
+  if hasattr(plgpu, 'InterpretGPUParams'):
+    return plgpu.InterpretGPUParams()
+  # jax 0.10 has no public name for it.
   from jax._src.pallas.mosaic_gpu.interpret import params
 
   return params.InterpretGPUParams()

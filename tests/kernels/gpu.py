@@ -1,0 +1,144 @@
+"""Compiles the products for a GPU that is not there: `python gpu.py`.
+
+A process of its own, because XLA reads its flags once. Prints one JSON object a
+program: the instructions of the matrix units that its PTX has, or the error
+that a compiler raised.
+"""
+
+import os
+import sys
+import sysconfig
+import tempfile
+
+os.environ['MOSAIC_GPU_DUMP_TO'] = tempfile.mkdtemp(prefix='ptx_')
+os.environ |= {
+  'JAX_PLATFORMS': 'cpu',
+  # There is nothing to time alternatives on.
+  'XLA_FLAGS': '--xla_gpu_autotune_level=0 --xla_dump_to='
+  + os.environ['MOSAIC_GPU_DUMP_TO'],
+  # The assembler, as its package leaves it.
+  'PATH': sysconfig.get_path('purelib')
+  + f'/nvidia/cuda_nvcc/bin{os.pathsep}{os.environ["PATH"]}',
+  # It would return programs without compiling, and so without dumps.
+  'JAX_ENABLE_COMPILATION_CACHE': 'false',
+}
+
+import functools
+import json
+import pathlib
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+
+from frugax import kernels, lowbit
+
+_DUMP = os.environ['MOSAIC_GPU_DUMP_TO']
+LAYOUTS = ('NN', 'NT', 'TN')
+# The odd sizes are no multiples of any block.
+SIZES = {'': (512, 256, 512), ' odd': (200, 333, 173)}
+KINDS = {
+  'int8': ('int8', 'int8'),
+  'int4': ('int4', 'int4'),
+  'e4m3': ('float8_e4m3fn', 'float8_e4m3fn'),
+  'e5m2': ('float8_e5m2', 'float8_e5m2'),
+  'bf16 x int8': ('bfloat16', 'int8'),
+  'bf16 x int4': ('bfloat16', 'int4'),
+  'f32 x int8': ('float32', 'int8'),
+}
+# As in wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 and, of older matrix
+# units, mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32: the operands.
+_MATRIX = re.compile(
+  r'\b(?:wgmma\.mma_async|mma)\.sync\.aligned\.m\d+n\d+k\d+[\w.]*'
+)
+
+
+def shapes(layout, m, n, k):
+  return {
+    'NN': ((m, k), (k, n)),
+    'NT': ((m, k), (n, k)),
+    'TN': ((k, m), (k, n)),
+  }[layout]
+
+
+def products():
+  """Name, function and operands of each program."""
+  f32 = jnp.float32
+  for kind, dtypes in KINDS.items():
+    for odd, (m, n, k) in SIZES.items():
+      for layout in LAYOUTS:
+        pair = list(zip(shapes(layout, m, n, k), dtypes, strict=True))
+        for name in implementations(kind):
+          fn = functools.partial(
+            kernels.quantized_matmul, layout=layout, implementation=name
+          )
+          ends = [((m,), f32), ((n,), f32)]
+          yield f'{kind} {layout}{odd} {name}', fn, [*pair, *ends]
+  # What is chosen where nothing is asked for.
+  fn = jax.vmap(functools.partial(kernels.quantized_matmul, layout='NT'))
+  for kind in ('int8', 'e4m3'):
+    yield f'{kind} stack', fn, [((4, 64, 256), d) for d in KINDS[kind]]
+  fn = functools.partial(kernels.quantize_matmul, layout='NT')
+  x, w = ((512, 256), jnp.bfloat16), ((512, 256), jnp.int8)
+  yield 'int8 rounded', fn, [x, w]
+  w = ((256, 512), jnp.bfloat16)
+  yield 'int8 linear', functools.partial(linear, 'int8'), [x, w]
+
+
+def linear(recipe, x, w):
+  """Forward and backward."""
+  dot = lowbit.dot_general(lowbit.recipe(recipe))
+
+  def product(x, w):
+    return dot(x, w, (((1,), (0,)), ((), ())))
+
+  y, pull = jax.vjp(product, x, w)
+  return y, pull(y)
+
+
+def implementations(kind):
+  if kind in ('e4m3', 'e5m2'):
+    return ('mosaic_gpu',)
+  return ('triton', 'mosaic_gpu') if kind == 'int8' else ('triton',)
+
+
+def dumped():
+  """What the PTX of the last program says, and nothing of it is kept."""
+  instructions = set()
+  for path in pathlib.Path(_DUMP).rglob('*'):
+    if path.suffix == '.ptx':
+      instructions |= set(_MATRIX.findall(path.read_text()))
+    if path.is_file():
+      path.unlink()
+  return sorted(instructions)
+
+
+def main(wanted):
+  target = pathlib.Path(__file__).with_name('h200.txtpb').read_text()
+  topology = topologies.get_topology_desc(
+    platform='cuda', target_config=target, topology='1x1x1'
+  )
+  mesh = jax.sharding.Mesh(np.array(topology.devices), ('x',))
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  for name, fn, operands in products():
+    if wanted not in name:
+      continue
+    arrays = [jax.ShapeDtypeStruct(s, d, sharding=whole) for s, d in operands]
+    row = {'name': name}
+    try:
+      with jax.set_mesh(mesh):
+        jax.jit(fn).lower(*arrays).compile()
+    except Exception as error:
+      row['error'] = f'{type(error).__name__}: {error}'[:2000]
+    row['instructions'] = dumped()
+    print(json.dumps(row), flush=True)
+
+
+if __name__ == '__main__':
+  try:
+    main(' '.join(sys.argv[1:]))
+  finally:
+    shutil.rmtree(_DUMP, ignore_errors=True)

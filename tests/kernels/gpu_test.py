@@ -1,0 +1,62 @@
+"""Kernels compiled for an H200 that is not there, and what their PTX says.
+
+`make test-gpu` installs the compilers, of which `make test` has none.
+"""
+
+import functools
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+  importlib.util.find_spec('jax_cuda12_plugin') is None,
+  reason='no compiler for GPUs: make test-gpu installs jax-cuda12-plugin',
+)
+
+
+@functools.cache
+def compiled():
+  """The instructions of the matrix units, for each program."""
+  script = pathlib.Path(__file__).with_name('gpu.py')
+  done = subprocess.run(
+    [sys.executable, str(script)], capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  return {r['name']: r for r in map(json.loads, done.stdout.splitlines())}
+
+
+def operands(name):
+  """As in {'s8.s8'}: wgmma is what only Hopper has, and at its full rate."""
+  found = compiled()[name]['instructions']
+  assert all(i.startswith('wgmma.') for i in found), (name, found)
+  return {'.'.join(i.split('.')[-2:]) for i in found}
+
+
+def test_every_kernel_compiles():
+  rows = compiled()
+  assert len(rows) > 50
+  assert {n: r['error'] for n, r in rows.items() if 'error' in r} == {}
+
+
+def test_integers_are_multiplied_as_int8():
+  names = [n for n in compiled() if n.startswith(('int8', 'int4'))]
+  assert {n.split()[1] for n in names} > {'NN', 'NT', 'TN', 'stack', 'linear'}
+  assert {n: operands(n) for n in names} == {n: {'s8.s8'} for n in names}
+
+
+@pytest.mark.parametrize('dtype', ['e4m3', 'e5m2'])
+def test_8_bit_floats_are_multiplied_as_they_are(dtype):
+  """And not as float16, which Triton would have made of them."""
+  names = [n for n in compiled() if n.startswith(dtype)]
+  assert {n.split()[1] for n in names} >= {'NN', 'NT', 'TN'}
+  expected = {f'{dtype}.{dtype}'}
+  assert {n: operands(n) for n in names} == {n: expected for n in names}
+
+
+def test_integers_become_bfloat16_beside_it():
+  names = [n for n in compiled() if n.startswith('bf16')]
+  assert {n: operands(n) for n in names} == {n: {'bf16.bf16'} for n in names}

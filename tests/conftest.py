@@ -3,6 +3,10 @@
 import os
 import pathlib
 
+# Each sets the environment of a process of its own. pytest, which looks for
+# doctests, would import them into this one.
+collect_ignore = ['kernels/gpu.py', 'kernels/tpu.py', 'kernels/tpu_rounded.py']
+
 os.environ['JAX_PLATFORMS'] = 'cpu'
 _DEVICES = '--xla_force_host_platform_device_count=8'
 if _DEVICES not in os.environ.get('XLA_FLAGS', ''):

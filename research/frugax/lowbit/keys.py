@@ -8,7 +8,9 @@ from jax import lax
 def content_key(x: jax.Array) -> jax.Array:
   """A key from the bits of an array.
 
-  Sums of integers, which do not depend on the order and so not on the mesh.
+  Sums of integers, in any order alike: the same array has the same
+  key on any mesh. One that differs in a last bit, as gradients that are summed
+  in another order do, has another key.
 
   Args:
     x: an array; its bits in float32 count.

@@ -44,7 +44,7 @@ def dot_general(
   recipe says 'arrays', the activations stay instead.
 
   It is differentiable once, in reverse. Random bits come from a hash of the
-  place in the array and a key, and so they are the same on any mesh.
+  place in the array and a key: with a key that is given, the same on any mesh.
 
   Args:
     recipe: from `recipe(name)`.

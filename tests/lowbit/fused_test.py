@@ -101,6 +101,18 @@ def test_codes_are_the_same_codes(name, one_device):
     np.testing.assert_array_equal(a, b)
 
 
+def test_weights_with_a_key_draw_bits_of_their_own():
+  x, ws, gs = operands(shapes=(WEIGHTS[2], WEIGHTS[2]))
+  arrays = x, ws[:1] * 2, gs[:1] * 2
+  key = jax.random.key(0)
+  got, want = (
+    jax.jit(vjp(f('int8', key=key)))(*arrays) for f in (fused, alone)
+  )
+  assert_close(got, want)
+  first, second = got[2]
+  assert not np.allclose(first, second, rtol=1e-4)
+
+
 def test_stacked_weights(one_device):
   """Experts: a batch axis before the units."""
   dims = (((2,), (1,)), ((0,), (0,)))

@@ -1,12 +1,14 @@
 """Low-bit models on eight devices: the same training as on one."""
 
 import json
+import sys
 
 import jax
 import numpy as np
 import pytest
 
 from frugax import lowbit, quant
+from frugax.lowbit import keys
 from frugax.train import loop, mesh, signals, step
 
 
@@ -32,7 +34,9 @@ def _train(config, devices=None, steps=2):
   return rows, state, program
 
 
-@pytest.mark.parametrize('matmul', ['coat', 'w8'])
+@pytest.mark.parametrize(
+  'matmul', [pytest.param('coat', marks=pytest.mark.slow), 'w8']
+)
 def test_sharded_equals_one_device(matmul, make_config):
   """Rows, weights, and what the linears round, cut over fsdp and tensor."""
   kw = {'schedule__warmup_steps': 0, 'data__sequence_length': 16}
@@ -74,6 +78,52 @@ def test_sharded_equals_one_device(matmul, make_config):
     error = np.abs(np.asarray(a) - np.asarray(b))
     assert np.mean(error > 1e-6) < 0.02
     assert error.max() < np.ptp(np.asarray(b)) / 100
+
+
+def test_random_bits_are_those_of_one_device(make_config):
+  """In the gradients, too: losses hide them. With layers computed again."""
+  kw = {'accumulation': 2, 'data__sequence_length': 16}
+
+  def first(mesh, remat, devices=None):
+    fields = {'mesh': mesh, 'model__remat': remat, **kw}
+    config = make_config('size=tiny,opt=adamw,matmul=int8', **fields)
+    rows, state, _ = _train(config, devices, steps=1)
+    moments = jax.tree.leaves(jax.device_get(state.opt_state))
+    return rows[0], [x for x in moments if getattr(x, 'ndim', 0) > 2]
+
+  want, moments = first('data=1', 'none', jax.devices()[:1])
+  got, others = first('fsdp=4,tensor=2', 'full')
+  np.testing.assert_allclose(got['loss'], want['loss'], rtol=1e-6)
+  np.testing.assert_allclose(got['grad_norm'], want['grad_norm'], rtol=1e-6)
+  for a, b in zip(moments, others, strict=True):
+    # Few cross an edge; with other bits it would be 1e-2.
+    assert np.linalg.norm(a - b) < 1e-3 * np.linalg.norm(a)
+
+
+@pytest.mark.parametrize('matmul', ['int8', 'jetfire', 'mxfp4', 'nvfp4'])
+def test_all_random_bits_come_from_the_step(matmul, make_config, monkeypatch):
+  def refuse(x):
+    raise AssertionError(f'a key from the bits of {x}')
+
+  monkeypatch.setattr(keys, 'content_key', refuse)
+  flow = sys.modules['frugax.lowbit.flow']  # not the function of that name
+  monkeypatch.setattr(flow, 'content_key', refuse)
+  config = make_config(
+    f'size=tiny,opt=adamw,matmul={matmul}',
+    mesh='data=1',
+    model__matmul_head=matmul,
+    accumulation=2,
+  )
+  program = step.build(config, jax.devices()[:1])
+  program.train_step.trace(program.abstract_state(), _batch(config))
+  # Without a key, as in evaluation, there is no other source.
+  with pytest.raises(AssertionError, match='a key from the bits'):
+    jax.eval_shape(
+      jax.grad(
+        lambda p: program.model.apply(p, _batch(config)['tokens']).sum()
+      ),
+      program.abstract_state().params,
+    )
 
 
 def test_codes_are_gathered_along_embed_alone():

@@ -17,7 +17,7 @@ class Bigram:
   def init(self, key):
     return {'w': jax.random.normal(key, (8, 8))}
 
-  def apply(self, params, tokens, *, segment_ids, positions):
+  def apply(self, params, tokens, *, segment_ids, positions, key):
     del segment_ids, positions
     logits = params['w'][tokens]
     return logits * jnp.where(tokens == 7, jnp.nan, 1)[..., None]

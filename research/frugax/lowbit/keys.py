@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+_PRODUCTS = 6  # three, and the roundings of their results
+
 
 def content_key(x: jax.Array) -> jax.Array:
   """A key from the bits of an array.
@@ -29,6 +31,21 @@ def content_key(x: jax.Array) -> jax.Array:
   return jax.random.wrap_key_data(words, impl='threefry2x32')
 
 
+def weights_key(key: jax.Array | None, number: int) -> jax.Array | None:
+  """The key of one of the weights that the same activations multiply.
+
+  Args:
+    key: of all of them, or None.
+    number: which of them it is.
+
+  Returns:
+    A key unlike that of any operand of `key`; None for None.
+  """
+  if key is None:
+    return None
+  return jax.random.fold_in(key, 2 * _PRODUCTS + number)
+
+
 def operand_keys(
   key: jax.Array | None, product: int, left: jax.Array, right: jax.Array
 ) -> list[jax.Array]:
@@ -36,7 +53,7 @@ def operand_keys(
 
   Args:
     key: a typed key; None takes it from the operands' bits.
-    product: which of the products of a layer it is.
+    product: which of the products of a layer it is, or of their results.
     left: an operand.
     right: the other one.
 

@@ -14,7 +14,7 @@ from jax import lax
 
 from frugax.kernels import chips
 from frugax.lowbit import matrices, multiply
-from frugax.lowbit.keys import operand_keys
+from frugax.lowbit.keys import operand_keys, weights_key
 from frugax.lowbit.operands import Recipe
 from frugax.quant import elements
 from frugax.quant.tiles import Tiled
@@ -44,14 +44,16 @@ def dot_general(
   recipe says 'arrays', the activations stay instead.
 
   It is differentiable once, in reverse. Random bits come from a hash of the
-  place in the array and a key: with a key that is given, the same on any mesh.
+  place in the array and a key: with a key that is given, the same on any mesh,
+  and those of the weights' number among several (`dot_generals`).
 
   Args:
     recipe: from `recipe(name)`.
-    key: a typed key for what is random, the same in every call. None takes it
-      from the bits of the array that is rounded: without a state it is another
-      one in each step and layer, and the same one where the backward pass
-      computes a layer again.
+    key: a typed key for what is random, the same in every call: give one for
+      each step and layer. None takes it from the bits of the array that is
+      rounded: without a state it is another one in each step and layer, and the
+      same one where the backward pass computes a layer again; but where a mesh
+      sums in another order, and a last bit differs, it is another one, too.
     native: whether codes are multiplied as they are. None does so except on
       CPUs, where products of wider numbers are faster.
     gather: called on the codes of the weights, once rounded, as `gather(codes,
@@ -137,9 +139,13 @@ def dot_generals(
 
   def dots(lhs, rhs, *args, **kwargs):
     each = gathers or [None] * len(rhs)
+    if _is_plain(recipe):
+      return tuple(lax.dot_general(lhs, w, *args, **kwargs) for w in rhs)
     return tuple(
-      dot_general(recipe, key, native, gather)(lhs, w, *args, **kwargs)
-      for w, gather in zip(rhs, each, strict=True)
+      _products(
+        recipe, key, native, (gather,), lhs, (w,), *args, first=i, **kwargs
+      )[0]
+      for i, (w, gather) in enumerate(zip(rhs, each, strict=True))
     )
 
   return dots
@@ -162,6 +168,7 @@ def _products(
   preferred_element_type=None,
   *,
   out_sharding=None,
+  first=0,
 ):
   if out_sharding is not None:
     raise ValueError(
@@ -185,6 +192,7 @@ def _products(
     preferred_element_type,
     tuple(gathers or [None] * len(rhs)),
     (tuple(rb), tuple(units), tuple(rc)),
+    first,
   )
   ws = tuple(matrices.view(w, rb, rc) for w in rhs)
   return _linear(layer, matrices.view(lhs, lb, lc), ws, key)
@@ -201,6 +209,11 @@ class _Layer(NamedTuple):
   preferred: object
   gathers: tuple
   axes: tuple  # of the weights: stacked, kept, contracted
+  first: int  # the number of the first of the weights
+
+  def key(self, key, i):
+    """Of what belongs to the weights, number i, of all here."""
+    return weights_key(key, self.first + i)
 
   def gathered(self, i, w, transposed=False):
     """The rounded weights, number i, their codes gathered."""
@@ -249,12 +262,14 @@ def _forward(layer, x, ws, key):
     layer, product, 'left', x, operand_keys(key, 0, x, x)[0]
   )
   rights = [
-    layer.gathered(i, _forward_weights(layer, w, key)[0])
+    layer.gathered(i, _forward_weights(layer, w, layer.key(key, i))[0])
     for i, w in enumerate(ws)
   ]
   ys = tuple(
-    _result(layer, product, 3, y, key).astype(layer.preferred or layer.dtype)
-    for y in layer.multiply_all(left, rights)
+    _result(layer, product, 3, y, layer.key(key, i)).astype(
+      layer.preferred or layer.dtype
+    )
+    for i, y in enumerate(layer.multiply_all(left, rights))
   )
   return ys, _residuals(layer, x, ws, key, left, left_mask)
 
@@ -293,22 +308,28 @@ def _backward(layer, residuals, gs):
     )
   dxs, dws = [], []
   for i, (w, g) in enumerate(zip(ws, gs, strict=True)):
-    forward_w, w_mask = _forward_weights(layer, w, key)
+    own_key = layer.key(key, i)
+    forward_w, w_mask = _forward_weights(layer, w, own_key)
     g = g.astype(layer.dtype)
-    dx = _input_grad(layer, i, g, w, forward_w, len(shape) - 1, key)
+    dx = _input_grad(layer, i, g, w, forward_w, len(shape) - 1, own_key)
     dxs.append(dx.reshape(shape))
     if recipe.weight_grad.right.source == 'forward':
       right = matrices.as_array(forward_x, dtype)
     else:
       right = kept if coded is None else coded
-    dw = _weight_grad(layer, g, w, right, w_mask, len(shape) - 1, key)
+    dw = _weight_grad(
+      layer, g, w, right, w_mask, len(shape) - 1, (key, own_key)
+    )
     dws.append(dw.astype(w.dtype))
   product = recipe.input_grad
   own, rotation = product.right.source == 'array', recipe.forward.rotation
   if product.result.format is None:  # rotating the sum is enough
     dxs = [functools.reduce(operator.add, dxs)]
   dxs = [_unturned(rotation, dx, mask, own) for dx in dxs]
-  dxs = [_result(layer, product, 4, dx, key) for dx in dxs]
+  dxs = [
+    _result(layer, product, 4, dx, layer.key(key, i))
+    for i, dx in enumerate(dxs)
+  ]
   dx = functools.reduce(operator.add, dxs)
   return dx.astype(dtype), tuple(dws), None
 
@@ -343,14 +364,15 @@ def _input_grad(layer, i, g, w, forward_w, rows, key):
   return dx
 
 
-def _weight_grad(layer, g, w, x, mask, rows, key):
+def _weight_grad(layer, g, w, x, mask, rows, keys):
   """g (*batch, *units, rows) by x (*batch, columns, rows).
 
   x is a Tiled that is ready to be multiplied, or an array (*batch, *rows,
-  columns) to be rounded here.
+  columns) to be rounded here, by the first of the keys; all else by the second.
   """
   product, batch = layer.recipe.weight_grad, layer.batch
   left = matrices.tokens_last(g, batch, rows)
+  x_key, key = keys
   key_g, _ = operand_keys(key, 2, left, left)
   signs = None
   if product.rotation and product.rotation.signs == 'fresh':
@@ -358,7 +380,7 @@ def _weight_grad(layer, g, w, x, mask, rows, key):
   left = matrices.turned(left, product.rotation, signs)
   left, _ = matrices.rounded(product.left, left, batch, key_g)
   if not isinstance(x, Tiled):
-    x = _weight_grad_right(layer, x, signs, key)
+    x = _weight_grad_right(layer, x, signs, x_key)
   dw = layer.multiply(left, x).reshape(w.shape)
   own = product.right.source == 'array'
   dw = _unturned(layer.recipe.forward.rotation, dw, mask, own)

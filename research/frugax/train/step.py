@@ -64,12 +64,13 @@ def _norm(tree):
   return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))
 
 
-def _forward(model, params, batch):
+def _forward(model, params, batch, key=None):
   return model.apply(
     params,
     batch['tokens'],
     segment_ids=batch['segment_ids'],
     positions=batch['positions'],
+    key=key,
   )
 
 
@@ -90,7 +91,7 @@ def make_train_step(
   many micro-batches it is summed over, and however many pad tokens each has.
 
   Args:
-    model: has `apply(params, tokens, segment_ids=, positions=) -> logits`.
+    model: has `apply(params, tokens, segment_ids=, positions=, key=)`: logits.
       Parameters that are stored in few bits stay so: the optimizer sees arrays.
     tx: any optax transformation; it is offered `value` (the loss) and `key`.
     schedule: step -> learning rate, for the metrics only.
@@ -114,17 +115,18 @@ def make_train_step(
   """
   tx = optax.with_extra_args_support(tx)
 
-  def loss_fn(values, stored, batch, n_tokens):
+  def loss_fn(values, stored, batch, n_tokens, key):
     params = lowbit.attach(stored, values)
-    nll, lse, _ = token_losses(_forward(model, params, batch), batch['labels'])
+    logits = _forward(model, params, batch, key)
+    nll, lse, _ = token_losses(logits, batch['labels'])
     loss = jnp.sum(nll) / n_tokens
     return loss + z_loss * jnp.sum(jnp.square(lse)) / n_tokens, loss
 
   grad_fn = jax.grad(loss_fn, has_aux=True)
 
-  def gradient(params, stored, batch, n_tokens):
+  def gradient(params, stored, batch, n_tokens, key):
     if accumulation == 1:
-      return grad_fn(params, stored, batch, n_tokens)
+      return grad_fn(params, stored, batch, n_tokens, key)
     rows = batch['tokens'].shape[0]
     if rows % accumulation:
       raise ValueError(
@@ -137,14 +139,17 @@ def make_train_step(
       x = x.reshape(rows // accumulation, accumulation, *x.shape[1:])
       return jnp.moveaxis(x, 1, 0)
 
-    def body(total, micro):
-      grads, loss = grad_fn(params, stored, micro, n_tokens)
+    def body(total, part):
+      micro, key = part
+      grads, loss = grad_fn(params, stored, micro, n_tokens, key)
       return jax.tree.map(jnp.add, total, (grads, loss)), None
 
     # Sums in float32 even for bfloat16 parameters.
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
     (grads, loss), _ = jax.lax.scan(
-      body, (zeros, jnp.zeros([])), jax.tree.map(split, batch)
+      body,
+      (zeros, jnp.zeros([])),
+      (jax.tree.map(split, batch), jax.random.split(key, accumulation)),
     )
     return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), loss
 
@@ -152,12 +157,13 @@ def make_train_step(
     tokens = jnp.sum(batch['labels'] >= 0)
     n_tokens = jnp.maximum(tokens, 1).astype(jnp.float32)
     values = lowbit.load_weights(state.params)
-    grads, loss = gradient(values, state.params, batch, n_tokens)
+    key = jax.random.fold_in(state.key, state.step)
+    own = jax.random.fold_in(key, 2**32 - 1)  # not one that the optimizer has
+    grads, loss = gradient(values, state.params, batch, n_tokens, own)
     grad_norm = _norm(grads)
     if clip_norm:
       factor = jnp.minimum(1.0, clip_norm / jnp.maximum(grad_norm, 1e-30))
       grads = jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)
-    key = jax.random.fold_in(state.key, state.step)
     updates, opt_state = tx.update(
       grads, state.opt_state, values, value=loss, key=key
     )

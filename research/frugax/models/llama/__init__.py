@@ -3,6 +3,7 @@
 from frugax.models.llama.config import REMAT, LlamaConfig, config
 from frugax.models.llama.cost import flops_per_token, param_count
 from frugax.models.llama.hf import from_hf, read_config, to_hf
+from frugax.models.llama.linears import rounding_keys
 from frugax.models.llama.model import Llama
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
   'from_hf',
   'param_count',
   'read_config',
+  'rounding_keys',
   'to_hf',
 ]

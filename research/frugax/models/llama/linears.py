@@ -13,6 +13,7 @@ from frugax.models.llama import axes
 from frugax.models.llama.config import LlamaConfig
 
 SAVED = 'linear'  # what `remat='linears'` keeps
+ROUNDING = 'rounding'  # the name of linen's random bits for products
 
 
 def identity(x, names):
@@ -30,6 +31,32 @@ def normal(std):
   return init
 
 
+def rounding_key(module: nn.Module) -> jax.Array | None:
+  """A key of the module and the call, if random bits are given to it."""
+  return module.make_rng(ROUNDING) if module.has_rng(ROUNDING) else None
+
+
+def rounding_keys(
+  config: LlamaConfig, key: jax.Array | None
+) -> tuple[jax.Array | None, jax.Array | None]:
+  """What `Llama.apply` makes of its key, for who walks the layers himself.
+
+  Args:
+    config: the model's.
+    key: a key, typed or not; or None.
+
+  Returns:
+    The keys of the layers' `Llama.block`, stacked, and that of `Llama.head`;
+    None for both if there is none.
+  """
+  if key is None:
+    return None, None
+  if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    key = jax.random.wrap_key_data(key)
+  each = jax.random.split(key, config.n_layers + 1)
+  return each[:-1], each[-1]
+
+
 def one_by_one(dots: Sequence[Callable]) -> Callable:
   """(x, kernels, dimension numbers) -> a product with each, by its own dot."""
 
@@ -42,8 +69,9 @@ def one_by_one(dots: Sequence[Callable]) -> Callable:
   return products
 
 
-def plain(paths):
+def plain(paths, key=None):
   """Products in the dtype of the operands."""
+  del key
   return one_by_one([lax.dot_general] * len(paths))
 
 
@@ -70,17 +98,18 @@ def by_recipe(
     gather: see `Llama`.
 
   Returns:
-    (paths of linears of the same input) -> what `one_by_one` returns.
+    (paths of linears of the same input, key of what is random or None) -> what
+    `one_by_one` returns.
   """
 
-  def product(paths):
+  def product(paths, key=None):
     if dot_general is not None:
       return one_by_one([dot_general] * len(paths))
     recipes = [lowbit.recipe(config.recipe_of(path)) for path in paths]
     gathers = [gather_codes(config, path, gather) for path in paths]
     if wrap is not None:
       dots = [
-        lowbit.dot_general(recipe, gather=own)
+        lowbit.dot_general(recipe, key, gather=own)
         for recipe, own in zip(recipes, gathers, strict=True)
       ]
       return one_by_one(list(map(wrap, paths, dots)))
@@ -89,12 +118,29 @@ def by_recipe(
       out = {}
       for recipe in dict.fromkeys(recipes):
         where = [i for i, other in enumerate(recipes) if other == recipe]
-        dots = lowbit.dot_generals(recipe, gathers=[gathers[i] for i in where])
+        own = [gathers[i] for i in where]
+        dots = lowbit.dot_generals(recipe, key, gathers=own)
         ys = dots(x, [kernels[i] for i in where], dimension_numbers)
         out |= zip(where, ys, strict=True)
       return [out[i] for i in range(len(recipes))]
 
     return products
+
+  return product
+
+
+def head(
+  config: LlamaConfig,
+  wrap: Callable | None = None,
+  gather: Callable = identity,
+) -> Callable:
+  """(key or None) -> the `dot_general` of the head; arguments: `by_recipe`."""
+  own = gather_codes(config, 'lm_head', gather)
+  recipe = lowbit.recipe(config.matmul_head)
+
+  def product(key=None):
+    dot = lowbit.dot_general(recipe, key, gather=own)
+    return dot if wrap is None else wrap('lm_head', dot)
 
   return product
 
@@ -113,12 +159,13 @@ class _Kernel(nn.Module):
 
 
 class Linears(nn.Module):
-  """Base of the modules whose matmuls go through `product(paths)`.
+  """Base of the modules whose matmuls go through `product(paths, key)`.
 
   Attributes:
     config: the model's.
-    product: gives, for the paths of linears of the same input, a function of
-      the input, their kernels and dimension numbers, that computes them.
+    product: gives, for the paths of linears of the same input and a key, a
+      function of the input, their kernels and dimension numbers, that computes
+      them.
     constrain: see `Llama`.
   """
 
@@ -142,7 +189,8 @@ class Linears(nn.Module):
       _Kernel(self.config, (*inputs, *outputs), name=name)()
       for name, outputs in features.items()
     ]
-    products = self.product([f'{self.name}/{name}' for name in features])
+    paths = [f'{self.name}/{name}' for name in features]
+    products = self.product(paths, rounding_key(self))
     dims = (tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes)))
     ys = products(x.astype(self.config.dtype), kernels, (dims, ((), ())))
     return [checkpoint_name(y, SAVED) for y in ys]

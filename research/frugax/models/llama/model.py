@@ -14,7 +14,7 @@ from frugax.models.llama import linears
 from frugax.models.llama.axes import axes
 from frugax.models.llama.config import LlamaConfig
 from frugax.models.llama.inputs import check
-from frugax.models.llama.linears import Linears
+from frugax.models.llama.linears import Linears, rounding_key
 from frugax.models.llama.rotary import rotate
 
 Params = dict
@@ -27,7 +27,8 @@ _POLICIES = {
 }
 
 
-def _operation(function):
+def _operation(function, key=None):
+  del key
   return lambda inputs, others=(): function(*inputs, *others)
 
 
@@ -53,7 +54,7 @@ class RMSNorm(nn.Module):
       x *= lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.norm_eps)
       return (x * scale.astype(jnp.float32)).astype(config.dtype)
 
-    return self.operation(normalize)((x,), (scale,))
+    return self.operation(normalize, rounding_key(self))((x,), (scale,))
 
 
 class Attention(Linears):
@@ -90,7 +91,8 @@ class Mlp(Linears):
   def __call__(self, x_BxTxD):
     ffn = (self.config.ffn,)
     gate, up = self.linears(x_BxTxD, {'gate': ffn, 'up': ffn})
-    hidden = self.operation(lambda gate, up: nn.silu(gate) * up)((gate, up))
+    gated = self.operation(lambda g, u: nn.silu(g) * u, rounding_key(self))
+    hidden = gated((gate, up))
     hidden = self.constrain(hidden, ('batch', 'sequence', 'act_mlp'))
     return self.linears(hidden, {'down': (self.config.dim,)})[0]
 
@@ -101,7 +103,7 @@ class Block(nn.Module):
   config: LlamaConfig
   product: Callable = linears.plain  # of the paths of linears of one input
   constrain: Callable = linears.identity
-  operation: Callable = _operation  # of a function: what norms and SwiGLU call
+  operation: Callable = _operation  # (function, key) -> what norms, SwiGLU call
 
   @nn.compact
   def __call__(self, x_BxTxD, segment_ids_BxT, positions):
@@ -192,21 +194,17 @@ class Llama:
     self.config = config
     self._constrain = constrain
 
-    def operation(flow, function):
+    def operation(flow, function, key=None):
       if config.remat == 'inputs' and flow == lowbit.Flow():
         function = jax.checkpoint(function, prevent_cse=False)
-      return lowbit.keep_in_few_bits(function, flow)
+      return lowbit.keep_in_few_bits(function, flow, key)
 
     few = functools.partial(operation, lowbit.flow(config.flow))
     self._block = Block(config, product, constrain, few)
     self._exempt = (0, 0) if dot_general else config.matmul_exempt
     as_it_is = functools.partial(operation, lowbit.Flow())
     self._exempt_block = Block(config, linears.plain, constrain, as_it_is)
-    head = lowbit.dot_general(
-      lowbit.recipe(config.matmul_head),
-      gather=linears.gather_codes(config, 'lm_head', gather),
-    )
-    self._head = head if wrap is None else wrap('lm_head', head)
+    self._head = linears.head(config, wrap, gather)
     self._norm = RMSNorm(config)
     # Once, here: without it, every eager call would compile the scan anew.
     self._jitted = jax.jit(self._forward)
@@ -259,6 +257,7 @@ class Llama:
     *,
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
+    key: jax.Array | None = None,
   ) -> jax.Array:
     """The logits of the next token at every position.
 
@@ -270,6 +269,8 @@ class Llama:
         its own segment (packed documents). None: the row is one document.
       positions: integers, (B, T), for rotary. None: 0 to T-1, which also serves
         packed documents, as attention sees differences of positions alone.
+      key: for what the recipes round at random, a new one in each step. None:
+        random bits follow from the arrays (`frugax.lowbit.dot_general`).
 
     Returns:
       float32 logits, (B, T, vocab_size).
@@ -280,17 +281,19 @@ class Llama:
     """
     check(tokens_BxT, segment_ids, positions)
     tokens_BxT = jnp.asarray(tokens_BxT)
-    return self._jitted(params, tokens_BxT, segment_ids, positions)
+    return self._jitted(params, tokens_BxT, segment_ids, positions, key)
 
-  def _forward(self, params, tokens_BxT, segment_ids, positions):
+  def _forward(self, params, tokens_BxT, segment_ids, positions, key):
     def walk(x_BxTxD, layers, index):
-      def layer(x_BxTxD, layer_params):
+      def layer(x_BxTxD, layer):
+        layer_params, layer_key = layer
         x_BxTxD = self.block(
           layer_params,
           x_BxTxD,
           segment_ids=segment_ids,
           positions=positions,
           index=index,
+          key=layer_key,
         )
         return x_BxTxD, None
 
@@ -301,9 +304,10 @@ class Llama:
       return lax.scan(layer, x_BxTxD, layers)[0]
 
     x_BxTxD = self.embed(params, tokens_BxT)
-    layers = params['layers']
+    layer_keys, head_key = linears.rounding_keys(self.config, key)
+    layers = params['layers'], layer_keys
     if self._exempt == (0, 0):
-      return self.head(params, walk(x_BxTxD, layers, None))
+      return self.head(params, walk(x_BxTxD, layers, None), head_key)
     first, last = self._exempt
     ends = (0, first, self.config.n_layers - last, self.config.n_layers)
     if first >= ends[2]:  # all of them
@@ -312,7 +316,7 @@ class Llama:
       if stop > start:
         part = jax.tree.map(lambda p: p[start:stop], layers)  # noqa: B023
         x_BxTxD = walk(x_BxTxD, part, start)
-    return self.head(params, x_BxTxD)
+    return self.head(params, x_BxTxD, head_key)
 
   def embed(self, params: Params, tokens_BxT: jax.Array) -> jax.Array:
     """The residual stream before the first layer, (B, T, dim)."""
@@ -333,6 +337,7 @@ class Llama:
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
     index: int | None = None,
+    key: jax.Array | None = None,
   ) -> jax.Array:
     """One layer, without remat of the layer as a whole.
 
@@ -343,6 +348,7 @@ class Llama:
       positions: as in `apply`.
       index: which layer it is, for `config.matmul_exempt`; None for one that is
         not exempt.
+      key: of this layer, out of `llama.rounding_keys`; None as in `apply`.
 
     Returns:
       The residual stream after the layer.
@@ -354,16 +360,19 @@ class Llama:
     inner = range(first, self.config.n_layers - last)
     exempt = index is not None and index not in inner
     block = self._exempt_block if exempt else self._block
-    return block.apply(variables, x_BxTxD, segment_ids, positions)
+    rngs = None if key is None else {linears.ROUNDING: key}
+    return block.apply(variables, x_BxTxD, segment_ids, positions, rngs=rngs)
 
-  def head(self, params: Params, x_BxTxD: jax.Array) -> jax.Array:
+  def head(
+    self, params: Params, x_BxTxD: jax.Array, key: jax.Array | None = None
+  ) -> jax.Array:
     """Final norm and projection to the vocabulary: float32, (B, T, V)."""
     x = self._norm.apply({'params': params['final_norm']}, x_BxTxD)
     if self.config.tie_embeddings:
       kernel, axis = params['embed']['embedding'], 1
     else:
       kernel, axis = params['lm_head']['kernel'], 0
-    logits = self._head(
+    logits = self._head(key)(
       x,
       kernel.astype(x.dtype),
       (((2,), (axis,)), ((), ())),

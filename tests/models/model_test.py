@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from frugax.models import llama
+from frugax.models import llama, losses
 from frugax.models.llama import model as llama_model
 
 CONFIG = llama.LlamaConfig(
@@ -356,3 +356,36 @@ def test_bad_inputs_are_refused_before_compilation():
     model.apply(params, ok, positions=jnp.zeros((2, 11), int))
   with pytest.raises(ValueError, match='positions must be integers, not bool'):
     model.apply(params, ok, positions=jnp.zeros((2, 12), bool))
+
+
+@pytest.mark.parametrize('head', ['none', 'int8'])
+@pytest.mark.parametrize('tied', [False, True])
+def test_losses_are_those_of_the_logits(head, tied):
+  """With a recipe they are computed from its logits, in few bits."""
+  model = llama.Llama(
+    llama.config('tiny', n_layers=1, tie_embeddings=tied, matmul_head=head)
+  )
+  params = model.init(jax.random.key(0))
+  tokens, labels = jax.random.randint(jax.random.key(1), (2, 2, 12), 0, 320)
+  labels = labels.at[0, :3].set(-1)
+  key = jax.random.key(2)
+
+  def by_logits(params):
+    logits = model.apply(params, tokens, key=key)
+    found = losses.token_losses(logits, labels)[:2]
+    return found[0].sum(), found
+
+  def without(params):
+    found = model.apply(params, tokens, key=key, labels=labels)
+    return found[0].sum(), found
+
+  (want_grads, want), (grads, got) = (
+    jax.jit(jax.grad(f, has_aux=True))(params) for f in (by_logits, without)
+  )
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6)
+  for a, b in zip(
+    jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True
+  ):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+  assert not np.any(got[0][0, :3])

@@ -2,6 +2,7 @@
 
 from frugax.kernels.hadamard_quantize.api import hadamard_quantize
 from frugax.kernels.hadamard_quantize.options import Copy, Rounded
+from frugax.kernels.linear_cross_entropy.api import linear_cross_entropy
 from frugax.kernels.quantize_matmul.api import Quantized, quantize_matmul
 from frugax.kernels.quantized_matmul.api import quantized_matmul
 
@@ -10,6 +11,7 @@ __all__ = [
   'Quantized',
   'Rounded',
   'hadamard_quantize',
+  'linear_cross_entropy',
   'quantize_matmul',
   'quantized_matmul',
 ]

@@ -8,6 +8,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from frugax import kernels
 from frugax import names as fx_names
 
 AXES = ('data', 'fsdp', 'tensor', 'context')
@@ -160,6 +161,34 @@ class Layout:
     return jax.shard_map(
       gathered, mesh=self.mesh, in_specs=cut, out_specs=whole, check_vma=False
     )(x)
+
+  def cross_entropy(
+    self, x: jax.Array, w: jax.Array, labels: jax.Array, *, layout: str, **named
+  ):
+    """`kernels.linear_cross_entropy` of the devices' own rows and tokens.
+
+    Each has its part of the batch, and of the vocabulary where it is cut. Only
+    along 'embed' w is gathered, and its gradient reduced and scattered.
+    """
+    names = ('embed', 'vocab')[:: 1 if layout == 'NN' else -1]
+    spec = self.spec(names, w.shape)
+    embed, vocab = (spec[names.index(name)] for name in ('embed', 'vocab'))
+
+    def losses(x, w, labels):
+      if embed is not None:
+        w = jax.lax.all_gather(w, embed, axis=names.index('embed'), tiled=True)
+      return kernels.linear_cross_entropy(
+        x, w, labels, layout=layout, vocab_axis=vocab, **named
+      )
+
+    rows = self.spec(('batch', 'sequence'), labels.shape)
+    return jax.shard_map(
+      losses,
+      mesh=self.mesh,
+      in_specs=(rows, spec, rows),
+      out_specs=rows,
+      check_vma=False,
+    )(x, w, labels)
 
   def tree(self, axes, shapes):
     """Shardings of a tree of arrays, from its tree of logical names."""

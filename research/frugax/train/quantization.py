@@ -11,7 +11,7 @@ from jax import lax
 
 from frugax import lowbit
 from frugax.lowbit import sensitivity
-from frugax.models import llama
+from frugax.models import llama, losses
 from frugax.train import step
 
 _HEAD = 'lm_head'
@@ -188,7 +188,7 @@ def _rates(config, program, params, batch):
     tape.probes = probes[1]
     logits = model.head(params, x)
     rates |= {name: v[None] for name, v in take().items()}
-    nll, _, counts = step.token_losses(logits, batch['labels'])
+    nll, _, counts = losses.token_losses(logits, batch['labels'])
     return jnp.sum(nll) / jnp.maximum(jnp.sum(counts), 1), rates
 
   inner, head = zeros(stop - first), zeros()

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from frugax import lowbit, optim
-from frugax.models import llama
+from frugax.models import llama, losses
 from frugax.train import mesh as fx_mesh
 from frugax.train import optimizer as fx_optimizer
 
@@ -39,39 +39,9 @@ def init_state(model, tx, key: jax.Array) -> TrainState:
   return TrainState(zero, params, opt_state, key, zero)
 
 
-def token_losses(
-  logits_BxTxV: jax.Array, labels_BxT: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Cross entropy of each token that counts.
-
-  Args:
-    logits_BxTxV: float32 logits.
-    labels_BxT: token ids, -1 where the token does not count.
-
-  Returns:
-    The losses in nats and the log-partitions, 0 where the label is -1, and
-    the mask of the tokens that count, each of shape (B, T).
-  """
-  counts = labels_BxT >= 0
-  lse = jax.nn.logsumexp(logits_BxTxV, axis=-1)
-  label = jnp.maximum(labels_BxT, 0)[..., None]
-  at_label = jnp.take_along_axis(logits_BxTxV, label, axis=-1)[..., 0]
-  return jnp.where(counts, lse - at_label, 0), jnp.where(counts, lse, 0), counts
-
-
 def _norm(tree):
   """Global norm in float32; a sum of bfloat16 squares would be percents off."""
   return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))
-
-
-def _forward(model, params, batch, key=None):
-  return model.apply(
-    params,
-    batch['tokens'],
-    segment_ids=batch['segment_ids'],
-    positions=batch['positions'],
-    key=key,
-  )
 
 
 def make_train_step(
@@ -91,8 +61,8 @@ def make_train_step(
   many micro-batches it is summed over, and however many pad tokens each has.
 
   Args:
-    model: has `apply(params, tokens, segment_ids=, positions=, key=)`: logits.
-      Parameters that are stored in few bits stay so: the optimizer sees arrays.
+    model: as in `losses.of_batch`. Parameters that are stored in few bits stay
+      so: the optimizer sees arrays.
     tx: any optax transformation; it is offered `value` (the loss) and `key`.
     schedule: step -> learning rate, for the metrics only.
     accumulation: number of micro-batches; divides the batch.
@@ -117,8 +87,7 @@ def make_train_step(
 
   def loss_fn(values, stored, batch, n_tokens, key):
     params = lowbit.attach(stored, values)
-    logits = _forward(model, params, batch, key)
-    nll, lse, _ = token_losses(logits, batch['labels'])
+    nll, lse, _ = losses.of_batch(model, params, batch, key)
     loss = jnp.sum(nll) / n_tokens
     return loss + z_loss * jnp.sum(jnp.square(lse)) / n_tokens, loss
 
@@ -212,7 +181,7 @@ def make_eval_step(
 
   def eval_step(params, batch):
     labels = batch['labels']
-    nll, _, counts = token_losses(_forward(model, params, batch), labels)
+    nll, _, counts = losses.of_batch(model, params, batch)
     n_bytes = jnp.take(
       jnp.asarray(bytes_per_id), jnp.maximum(labels, 0), axis=0
     )
@@ -313,6 +282,7 @@ def build(config, devices: Sequence[jax.Device] | None = None) -> Program:
     llama.config(fields.pop('size'), **fields),
     constrain=layout.constrain,
     gather=layout.gather,
+    cross_entropy=layout.cross_entropy,
   )
   stored = jax.eval_shape(model.init, jax.random.PRNGKey(0))
   shapes = jax.eval_shape(lowbit.load_weights, stored)

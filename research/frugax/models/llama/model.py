@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from frugax import lowbit
+from frugax import kernels, lowbit
+from frugax.models import losses
 from frugax.models.llama import linears
 from frugax.models.llama.axes import axes
 from frugax.models.llama.config import LlamaConfig
@@ -135,10 +136,10 @@ class Llama:
     final_norm/scale               (D,)
     lm_head/kernel                 (D, V), absent where the embedding is tied
 
-  `apply` is `embed`, `block` for each layer and `head`; a caller who must see
-  every layer (to update one at a time inside the backward pass, say) walks
-  them himself. `config.remat` acts in `apply` alone, but for 'inputs', which is
-  a property of the norms, SwiGLU and attention.
+  `apply` is `embed`, `block` for each layer and `head` or `head_losses`; a
+  caller who must see every layer (to update one at a time inside the backward
+  pass, say) walks them himself. `config.remat` acts in `apply` alone, but for
+  'inputs', which is a property of the norms, SwiGLU and attention.
 
   Args:
     config: the shape.
@@ -156,6 +157,7 @@ class Llama:
       'act_heads', 'act_kv_heads', 'head_dim', 'act_mlp', 'act_vocab'.
     gather: called likewise on the rounded weights of linears, their axes named
       as in `axes`; returns them as products shall have them.
+    cross_entropy: called as `frugax.kernels.linear_cross_entropy` is.
 
   Examples:
     >>> from frugax.models import llama
@@ -189,6 +191,7 @@ class Llama:
     wrap: Callable | None = None,
     constrain: Callable = linears.identity,
     gather: Callable = linears.identity,
+    cross_entropy: Callable = kernels.linear_cross_entropy,
   ):
     product = linears.by_recipe(config, dot_general, wrap, gather)
     self.config = config
@@ -205,6 +208,8 @@ class Llama:
     as_it_is = functools.partial(operation, lowbit.Flow())
     self._exempt_block = Block(config, linears.plain, constrain, as_it_is)
     self._head = linears.head(config, wrap, gather)
+    exact = lowbit.recipe(config.matmul_head) == lowbit.recipe('none')
+    self._cross_entropy = cross_entropy if exact and wrap is None else None
     self._norm = RMSNorm(config)
     # Once, here: without it, every eager call would compile the scan anew.
     self._jitted = jax.jit(self._forward)
@@ -258,8 +263,9 @@ class Llama:
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
     key: jax.Array | None = None,
-  ) -> jax.Array:
-    """The logits of the next token at every position.
+    labels: jax.Array | None = None,
+  ) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """The logits of the next token at every position, or losses.
 
     Args:
       params: as from `init`.
@@ -271,19 +277,21 @@ class Llama:
         packed documents, as attention sees differences of positions alone.
       key: for what the recipes round at random, a new one in each step. None:
         random bits follow from the arrays (`frugax.lowbit.dot_general`).
+      labels: integers, (B, T): the next tokens, -1 where there is none.
 
     Returns:
-      float32 logits, (B, T, vocab_size).
+      float32 logits, (B, T, vocab_size). With labels cross entropy in nats and
+      log-partitions, (B, T), both 0 where the label is -1, see `head_losses`.
 
     Raises:
       ValueError: tokens are not integers of rank 2, or the other two do not
         have their shape.
     """
     check(tokens_BxT, segment_ids, positions)
-    tokens_BxT = jnp.asarray(tokens_BxT)
-    return self._jitted(params, tokens_BxT, segment_ids, positions, key)
+    inputs = params, jnp.asarray(tokens_BxT), segment_ids, positions
+    return self._jitted(*inputs, key, labels)
 
-  def _forward(self, params, tokens_BxT, segment_ids, positions, key):
+  def _forward(self, params, tokens_BxT, segment_ids, positions, key, labels):
     def walk(x_BxTxD, layers, index):
       def layer(x_BxTxD, layer):
         layer_params, layer_key = layer
@@ -306,8 +314,6 @@ class Llama:
     x_BxTxD = self.embed(params, tokens_BxT)
     layer_keys, head_key = linears.rounding_keys(self.config, key)
     layers = params['layers'], layer_keys
-    if self._exempt == (0, 0):
-      return self.head(params, walk(x_BxTxD, layers, None), head_key)
     first, last = self._exempt
     ends = (0, first, self.config.n_layers - last, self.config.n_layers)
     if first >= ends[2]:  # all of them
@@ -316,6 +322,8 @@ class Llama:
       if stop > start:
         part = jax.tree.map(lambda p: p[start:stop], layers)  # noqa: B023
         x_BxTxD = walk(x_BxTxD, part, start)
+    if labels is not None:
+      return self.head_losses(params, x_BxTxD, labels, head_key)
     return self.head(params, x_BxTxD, head_key)
 
   def embed(self, params: Params, tokens_BxT: jax.Array) -> jax.Array:
@@ -367,18 +375,40 @@ class Llama:
     self, params: Params, x_BxTxD: jax.Array, key: jax.Array | None = None
   ) -> jax.Array:
     """Final norm and projection to the vocabulary: float32, (B, T, V)."""
-    x = self._norm.apply({'params': params['final_norm']}, x_BxTxD)
-    if self.config.tie_embeddings:
-      kernel, axis = params['embed']['embedding'], 1
-    else:
-      kernel, axis = params['lm_head']['kernel'], 0
+    x, kernel, layout = self._head_operands(params, x_BxTxD)
     logits = self._head(key)(
       x,
-      kernel.astype(x.dtype),
-      (((2,), (axis,)), ((), ())),
+      kernel,
+      (((2,), (0 if layout == 'NN' else 1,)), ((), ())),
       preferred_element_type=jnp.float32,
     )
     return self._constrain(logits, ('batch', 'sequence', 'act_vocab'))
+
+  def head_losses(
+    self,
+    params: Params,
+    x_BxTxD: jax.Array,
+    labels_BxT: jax.Array,
+    key: jax.Array | None = None,
+  ) -> tuple[jax.Array, jax.Array]:
+    """What `apply` gives for labels, of the stream after the last layer.
+
+    Never are all logits in memory, but with a recipe for the head or a wrap.
+    """
+    if self._cross_entropy is None:
+      logits = self.head(params, x_BxTxD, key)
+      return losses.token_losses(logits, labels_BxT)[:2]
+    x, kernel, layout = self._head_operands(params, x_BxTxD)
+    return self._cross_entropy(
+      x, kernel, labels_BxT, layout=layout, return_lse=True
+    )
+
+  def _head_operands(self, params, x_BxTxD):
+    """Normed x, the head's weights in its dtype, and their layout."""
+    x = self._norm.apply({'params': params['final_norm']}, x_BxTxD)
+    if self.config.tie_embeddings:
+      return x, params['embed']['embedding'].astype(x.dtype), 'NT'
+    return x, params['lm_head']['kernel'].astype(x.dtype), 'NN'
 
   def axes(self) -> Params:
     """The logical axis names of every parameter.

@@ -1,0 +1,195 @@
+"""Cross entropy of a linear layer, whose logits are never in memory."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from frugax import names
+from frugax.kernels.linear_cross_entropy import reference
+
+# Which axis of w is the vocabulary.
+LAYOUTS = {'NN': 1, 'NT': 0}
+
+
+def linear_cross_entropy(
+  x: jax.Array,
+  w: jax.Array,
+  labels: jax.Array,
+  *,
+  layout: str = 'NN',
+  softcap: float | None = None,
+  z_loss: float = 0.0,
+  ignore_index: int = -1,
+  return_lse: bool = False,
+  vocab_axis: str | Sequence[str] | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+  r"""Losses of tokens against logits x w, in memory of O(N + V) beside both.
+
+  .. math::
+    l_i = \log \sum_j e^{z_{ij}} - z_{i y_i} + \lambda
+      \Big(\log \sum_j e^{z_{ij}}\Big)^2, \qquad
+    z_{ij} = c \tanh\Big(\frac{1}{c} \sum_k x_{ik} w_{kj}\Big)
+
+  without the cap c where there is none. A part of the vocabulary at a time is
+  multiplied, and its exponentials added up; the backward pass multiplies it
+  once more. Any N and V is exact: no part is filled up, none is left out.
+  Products are summed, and all else is computed, in float32.
+
+  Both operands have gradients, each in its own dtype, and so has the
+  log-partition that `return_lse` gives.
+
+  Args:
+    x: (..., D), of any floating-point dtype.
+    w: (D, V), or (V, D) in layout 'NT', as a tied embedding is. Products are in
+      the wider dtype of the two.
+    labels: integers (...). One that is neither in [0, V) nor `ignore_index` has
+      a loss that is not a number.
+    layout: 'NN', or 'NT' (w transposed).
+    softcap: c, a positive number, or None.
+    z_loss: lambda, which keeps log-partitions near 0.
+    ignore_index: the label of tokens that have a loss of 0 and no gradient.
+    return_lse: whether to return the log-partitions as well.
+    vocab_axis: the name (or names) of the mesh axis over which the vocabulary
+      of w is cut, within `jax.shard_map` over it or under `jax.set_mesh`. Each
+      device computes the logits of its own part. What travels is a few numbers
+      a token and, summed, the gradient of x: no logit, and nothing of w.
+
+  Returns:
+    The losses (...) in float32, and with `return_lse` also the log-partitions,
+    which are 0 where labels are ignored.
+
+  Raises:
+    ValueError: an unknown layout, shapes that do not fit, labels that are not
+      integers, an axis that is none of a mesh, or a cap that is not positive.
+
+  Examples:
+    >>> x, w = jnp.eye(3, 4), jnp.zeros((4, 5))
+    >>> losses = linear_cross_entropy(x, w, jnp.array([0, 4, -1]))
+    >>> [round(float(loss), 4) for loss in losses]  # log(5) = 1.6094
+    [1.6094, 1.6094, 0.0]
+    >>> dw = jax.grad(lambda w: linear_cross_entropy(x, w, jnp.arange(3)).sum())
+    >>> [round(float(g), 4) for g in dw(w)[0]]
+    [-0.8, 0.2, 0.2, 0.2, 0.2]
+
+  References:
+    Wijmans et al., `Cut Your Losses in Large-Vocabulary Language Models
+    <https://arxiv.org/abs/2411.09009>`_, 2024
+
+    Chowdhery et al., `PaLM: Scaling Language Modeling with Pathways
+    <https://arxiv.org/abs/2204.02311>`_, 2022 (z-loss)
+
+    Gemma Team, `Gemma 2: Improving Open Language Models at a Practical Size
+    <https://arxiv.org/abs/2408.00118>`_, 2024 (softcap)
+  """
+  x, w, labels = jnp.asarray(x), jnp.asarray(w), jnp.asarray(labels)
+  _check(x, w, labels, layout, softcap)
+  axis = LAYOUTS[layout]
+  axes = (vocab_axis,) if isinstance(vocab_axis, str) else vocab_axis or ()
+  if _outside(axes, vocab_axis):
+    spec = P(None, axes) if axis else P(axes)
+    within = functools.partial(
+      linear_cross_entropy,
+      layout=layout,
+      softcap=softcap,
+      z_loss=z_loss,
+      ignore_index=ignore_index,
+      return_lse=return_lse,
+      vocab_axis=axes,
+    )
+    return jax.shard_map(
+      within,
+      in_specs=(P(), spec, P()),
+      out_specs=P(),
+      axis_names=set(axes),
+      check_vma=False,
+    )(x, w, labels)
+  counts = labels != ignore_index
+  own = labels.astype(jnp.int32)
+  if axes:
+    own -= lax.axis_index(axes) * w.shape[axis]
+  # A label that is not here is none.
+  known = counts & (own >= 0) & (own < w.shape[axis])
+  dtype = jnp.promote_types(x.dtype, w.dtype)
+  operands = x.astype(dtype), w.astype(dtype), jnp.where(known, own, -1)
+  lse, at = _core(_Options(axis, softcap), *_alike(operands))
+  if axes:
+    top = lax.pmax(lax.stop_gradient(lse), axes)
+    lse = top + jnp.log(lax.psum(jnp.exp(lse - top), axes))
+    at = lax.psum(at, axes)
+    known = lax.psum(known.astype(jnp.int32), axes) > 0
+  lse = jnp.where(counts, lse, 0)
+  losses = jnp.where(counts, jnp.where(known, lse - at, jnp.nan), 0)
+  losses += z_loss * jnp.square(lse)
+  return (losses, lse) if return_lse else losses
+
+
+class _Options(NamedTuple):
+  axis: int
+  softcap: float | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _core(options, x, w, labels):
+  """Log-partition and the logit at the label, of this device's vocabulary."""
+  return reference.forward(x, w, labels, *options)
+
+
+def _core_forward(options, x, w, labels):
+  lse, at = _core(options, x, w, labels)
+  return (lse, at), (x, w, labels, lse)
+
+
+def _core_backward(options, residuals, gradients):
+  return *reference.backward(*residuals, *gradients, *options), None
+
+
+_core.defvjp(_core_forward, _core_backward)
+
+
+def _alike(arrays):
+  """All varying over the same axes, which a shard_map may check."""
+  axes = frozenset().union(*map(reference.varying, arrays))
+  return [reference.vary(a, axes) for a in arrays]
+
+
+def _outside(axes, name) -> bool:
+  """Whether the axes are those of a mesh that no shard_map is over yet."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if unknown := [a for a in axes if a not in mesh.axis_names]:
+    raise ValueError(
+      f'vocab_axis={name!r}: no mesh here has the axis {unknown[0]!r}, but '
+      f'{", ".join(mesh.axis_names) or "none"}: call it within jax.shard_map '
+      'or under jax.set_mesh'
+    )
+  return not set(axes) <= set(mesh.manual_axes)
+
+
+def _check(x, w, labels, layout, softcap):
+  if layout not in LAYOUTS:
+    raise names.unknown('layout', layout, LAYOUTS)
+  axis = 1 - LAYOUTS[layout]
+  if w.ndim != 2 or not x.ndim or x.shape[-1] != w.shape[axis]:
+    raise ValueError(
+      f'x of shape {x.shape} and w of shape {w.shape} in layout {layout!r}: '
+      f'the last axis of x and axis {axis} of w are contracted; give '
+      "layout='NN' for w of (D, V), 'NT' for (V, D)"
+    )
+  if 0 in w.shape:
+    raise ValueError(f'an empty operand: w of shape {w.shape}')
+  if labels.shape != x.shape[:-1]:
+    raise ValueError(
+      f'labels of shape {labels.shape} for x of shape {x.shape}: give one for '
+      f'each row, {x.shape[:-1]}'
+    )
+  if not jnp.issubdtype(labels.dtype, jnp.integer):
+    raise ValueError(f'labels of {labels.dtype}: give integers')
+  for name, a in (('x', x), ('w', w)):
+    if not jnp.issubdtype(a.dtype, jnp.floating):
+      raise ValueError(f'{name} of {a.dtype}: give floating-point numbers')
+  if softcap is not None and not softcap > 0:
+    raise ValueError(f'softcap={softcap}: give a positive number, or None')

@@ -1,0 +1,298 @@
+"""Every implementation of the loss without logits against float64."""
+
+import functools
+import re
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from frugax import kernels
+from frugax.kernels.linear_cross_entropy import reference
+
+few = hypothesis.settings(deadline=None, max_examples=8, derandomize=True)
+
+
+def data(n, vocabulary, d, mean=0.0, seed=0, layout='NN', ignored=0.2):
+  """x, w, labels; the first feature shifts all logits by `mean`."""
+  rng = np.random.default_rng(seed)
+  x = rng.normal(size=(n, d)).astype('f')
+  w = (rng.normal(size=(d, vocabulary)) * 2 / d**0.5).astype('f')
+  x[:, 0], w[0] = 1, mean
+  labels = rng.integers(0, vocabulary, n)
+  labels[rng.random(n) < ignored] = -1
+  return x, np.ascontiguousarray(w if layout == 'NN' else w.T), labels
+
+
+def twin(x, w, labels, layout='NN', softcap=None, z_loss=0.0, g=None):
+  """Losses, log-partitions, and gradients of sum(g * losses), in float64."""
+  x, w = (np.asarray(a, np.float64) for a in (x, w))
+  w = w if layout == 'NN' else w.T
+  z = x @ w
+  if softcap:
+    z = softcap * np.tanh(z / softcap)
+  top = z.max(1, keepdims=True)
+  lse = np.log(np.exp(z - top).sum(1)) + top[:, 0]
+  counts, rows = labels >= 0, np.arange(len(labels))
+  losses = np.where(counts, lse - z[rows, labels] + z_loss * lse**2, 0)
+  g = np.where(counts, np.ones(len(x)) if g is None else g, 0)
+  dz = np.exp(z - lse[:, None]) * (g * (1 + 2 * z_loss * lse))[:, None]
+  dz[rows, labels] -= g
+  if softcap:
+    dz *= 1 - (z / softcap) ** 2
+  dw = x.T @ dz
+  gradients = dz @ w.T, dw if layout == 'NN' else dw.T
+  return losses, np.where(counts, lse, 0), *gradients
+
+
+def relative(got, want):
+  return np.abs(got - want).max() / np.abs(want).max()
+
+
+def run(x, w, labels, g=None, **options):
+  """As `twin`, in one compilation."""
+
+  def both(x, w, labels, g):
+    def loss(x, w):
+      losses, lse = kernels.linear_cross_entropy(
+        x, w, labels, return_lse=True, **options
+      )
+      return jnp.vdot(losses, g), (losses, lse)
+
+    return jax.grad(loss, (0, 1), has_aux=True)(x, w)
+
+  g = jnp.ones(labels.shape) if g is None else jnp.asarray(g, 'f')
+  gradients, values = jax.jit(both)(x, w, labels, g)
+  return *values, *gradients
+
+
+@pytest.mark.parametrize('mean', [0, -4])
+@pytest.mark.parametrize('vocabulary', [2304, 5003, 32000, 50257])
+def test_losses_and_gradients_of_any_vocabulary(vocabulary, mean):
+  operands = data(24, vocabulary, 32, mean)
+  got, want = run(*operands), twin(*operands)
+  counts = operands[2] >= 0
+  np.testing.assert_allclose(got[0][counts], want[0][counts], rtol=1e-6)
+  np.testing.assert_allclose(got[1], want[1], rtol=1e-6)
+  for i in (2, 3):
+    assert relative(got[i], want[i]) < 1e-5
+  assert not np.any(got[0][~counts]) and not np.any(got[2][~counts])
+
+
+@few
+@hypothesis.given(
+  st.integers(1, 70),
+  st.integers(1, 2600),
+  st.integers(1, 40),
+  st.sampled_from(['NN', 'NT']),
+  st.sampled_from([None, 2.0]),
+  st.sampled_from([0.0, 0.1]),
+)
+def test_any_shape_cap_and_z_loss(n, vocabulary, d, layout, softcap, z_loss):
+  operands = data(n, vocabulary, d, 1.0, vocabulary, layout)
+  g = np.random.default_rng(1).normal(size=n)
+  options = dict(layout=layout, softcap=softcap, z_loss=z_loss, g=g)
+  got, want = run(*operands, **options), twin(*operands, **options)
+  for i, (a, b) in enumerate(zip(got, want, strict=True)):
+    np.testing.assert_allclose(
+      a, b, rtol=1e-6, atol=[2e-6, 2e-6, 1e-5, 1e-5][i]
+    )
+
+
+def test_leading_axes_scan_remat_and_vmap():
+  x, w, labels = data(12, 300, 8)
+  losses, lse, dx, dw = twin(x, w, labels)
+  f = functools.partial(kernels.linear_cross_entropy, return_lse=True)
+  shaped = f(x.reshape(2, 3, 2, 8), w, labels.reshape(2, 3, 2))
+  np.testing.assert_allclose(shaped[0].ravel(), losses, atol=2e-6)
+  stacked = jax.vmap(f, (0, None, 0))(
+    x.reshape(3, 4, 8), w, labels.reshape(3, 4)
+  )
+  np.testing.assert_allclose(stacked[1].ravel(), lse, atol=2e-6)
+
+  def scanned(x, w):
+    @jax.checkpoint
+    def one(total, row):
+      return total + kernels.linear_cross_entropy(row[0], w, row[1]), None
+
+    return jax.lax.scan(one, 0.0, (x, labels))[0]
+
+  value, gradients = jax.value_and_grad(scanned, (0, 1))(x, w)
+  np.testing.assert_allclose(value, losses.sum(), rtol=1e-6)
+  np.testing.assert_allclose(gradients[0], dx, atol=1e-6)
+  np.testing.assert_allclose(gradients[1], dw, atol=1e-6)
+
+
+def mesh(**sizes):
+  return jax.make_mesh(
+    tuple(sizes.values()),
+    tuple(sizes),
+    axis_types=(AxisType.Auto,) * len(sizes),
+  )
+
+
+def sharded(devices, check, layout, x, w, labels, g):
+  """As `run`, of the vocabulary over 'tensor' and the rows over 'data'."""
+  cut = P(None, 'tensor') if layout == 'NN' else P('tensor', None)
+  f = functools.partial(
+    kernels.linear_cross_entropy,
+    layout=layout,
+    z_loss=0.1,
+    return_lse=True,
+    vocab_axis='tensor',
+  )
+  rows = P('data')
+  f = jax.shard_map(
+    f,
+    mesh=devices,
+    in_specs=(rows, cut, rows),
+    out_specs=rows,
+    check_vma=check,
+  )
+
+  def both(x, w):
+    def loss(x, w):
+      losses, lse = f(x, w, labels)
+      return jnp.vdot(losses, g), (losses, lse)
+
+    return jax.grad(loss, (0, 1), has_aux=True)(x, w)
+
+  gradients, values = jax.jit(both)(x, w)
+  return *values, *gradients
+
+
+@pytest.mark.parametrize(
+  ('check', 'layout'), [(False, 'NN'), (True, 'NN'), (True, 'NT')]
+)
+def test_a_vocabulary_over_devices(check, layout):
+  operands = data(16, 4 * 1111, 8, 1.0, layout=layout)
+  g = np.random.default_rng(1).normal(size=16).astype('f')
+  got = sharded(mesh(data=2, tensor=4), check, layout, *operands, g)
+  want = twin(*operands, layout=layout, z_loss=0.1, g=g)
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-6)
+
+
+def collectives(text):
+  """Elements of each array that a compiled program communicates."""
+  found = re.findall(
+    r' = (.*?) (?:all-gather|all-reduce|reduce-scatter|all-to-all|'
+    r'collective-permute)(?:-start)?\(',
+    text,
+  )
+  shapes = [s for line in found for s in re.findall(r'\[([\d,]*)\]', line)]
+  return [int(np.prod([int(n) for n in s.split(',') if n])) for s in shapes]
+
+
+def test_neither_logits_nor_weights_travel():
+  n, vocabulary, d = 24, 8 * 2304, 16
+  x, w, labels = data(n, vocabulary, d)
+
+  def both(x, w):
+    def loss(x, w):
+      return kernels.linear_cross_entropy(
+        x, w, labels, vocab_axis='tensor'
+      ).sum()
+
+    return jax.value_and_grad(loss, (0, 1))(x, w)
+
+  cut = jax.NamedSharding(mesh(tensor=8), P(None, 'tensor'))
+  with jax.set_mesh(cut.mesh):
+    step = jax.jit(both, out_shardings=(None, (None, cut)))
+    compiled = step.lower(x, jax.device_put(w, cut)).compile()
+    loss, (dx, dw) = compiled(x, jax.device_put(w, cut))
+  sent = collectives(compiled.as_text())
+  assert sent and max(sent) == n * d < vocabulary // 8
+  # And on no device are there all logits of its part.
+  assert not re.search(rf'\[{n},(2304|{vocabulary})\]', compiled.as_text())
+  want = twin(x, w, labels)
+  np.testing.assert_allclose(loss, want[0].sum(), rtol=1e-6)
+  np.testing.assert_allclose(dx, want[2], atol=2e-6)
+  np.testing.assert_allclose(dw, want[3], atol=2e-6)
+
+
+@pytest.mark.parametrize('layout', ['NN', 'NT'])
+def test_memory_at_the_shapes_of_gemma_2_2b(layout):
+  """Compiled, not run: with logits it would be 19 GB."""
+  n, vocabulary, d = 8192, 256000, 2304
+  shape = (d, vocabulary) if layout == 'NN' else (vocabulary, d)
+  operands = [
+    jax.ShapeDtypeStruct(s, t)
+    for s, t in (((n, d), 'bfloat16'), (shape, 'bfloat16'), ((n,), 'int32'))
+  ]
+
+  def loss(x, w, labels):
+    return kernels.linear_cross_entropy(x, w, labels, layout=layout).sum()
+
+  step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+  memory = step.lower(*operands).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < 3e9
+
+
+def test_bfloat16_operands():
+  """Gradients come in each operand's own dtype, sums in float32."""
+  x, w, labels = data(64, 2304, 32)
+  x, w = jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16)
+  losses, _, dx, dw = run(x, w, labels)
+  want = twin(*(np.asarray(a, np.float32) for a in (x, w)), labels)
+  np.testing.assert_allclose(losses, want[0], rtol=1e-6)
+  assert dx.dtype == dw.dtype == jnp.bfloat16
+  assert relative(np.float32(dx), want[2]) < 2**-7
+  assert relative(np.float32(dw), want[3]) < 2**-7
+  mixed = run(x, w.astype(jnp.float32), labels)
+  assert mixed[2].dtype == jnp.bfloat16 and mixed[3].dtype == jnp.float32
+  assert relative(mixed[3], want[3]) < 1e-5
+
+
+def test_labels():
+  x, w, _ = data(4, 7, 3)
+  labels = jnp.array([0, 7, -1, -5])
+  losses, lse, dx, _ = run(x, w, labels)
+  np.testing.assert_array_equal(np.isnan(losses), [0, 1, 0, 1])
+  assert losses[2] == lse[2] == 0 and not np.any(dx[2])
+  ignored = kernels.linear_cross_entropy(x, w, labels, ignore_index=7)
+  np.testing.assert_array_equal(np.isnan(ignored), [0, 0, 1, 1])
+  assert ignored[1] == 0 and ignored[0] == losses[0]
+
+
+def test_large_logits_stay_finite():
+  x, w, labels = data(8, 5000, 4)
+  for shift in (-3e4, 3e4):
+    w[0] = shift
+    got, want = run(x, w, labels), twin(x, w, labels)
+    np.testing.assert_allclose(got[0], want[0], atol=0.02)
+    np.testing.assert_allclose(got[2], want[2], atol=0.01 * 3e4)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'layout': 'TN'}, "unknown layout 'TN': did you mean 'NT'"),
+    ({'layout': 'NT'}, "layout='NN' for w of"),
+    ({'softcap': -1.0}, r'softcap=-1.0: give a positive number'),
+    ({'vocab_axis': 'tensr'}, "has the axis 'tensr', but none"),
+    ({'labels': jnp.zeros(4)}, 'labels of float32: give integers'),
+    ({'labels': jnp.zeros(5, int)}, r'labels of shape \(5,\)'),
+    ({'w': jnp.zeros((3, 7), int)}, 'w of int32: give floating-point'),
+    ({'w': jnp.zeros((3, 0))}, 'an empty operand'),
+  ],
+)
+def test_bad_input(change, message):
+  x, w, labels = data(4, 7, 3)
+  operands = {'x': x, 'w': w, 'labels': labels} | change
+  with pytest.raises(ValueError, match=message):
+    kernels.linear_cross_entropy(**operands)
+
+
+def test_parts_cover_the_vocabulary():
+  for n in (1, 100, 8192, 2**20):
+    for vocabulary in (1, 2048, 2049, 2304, 5003, 32000, 50257, 256000):
+      size = reference.columns(n, vocabulary)
+      assert 0 < size <= 2048 and (size == vocabulary or size % 128 == 0)
+      parts = -(-vocabulary // size)
+      assert parts == 1 or parts * size - vocabulary < 128 * parts

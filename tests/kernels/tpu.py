@@ -128,6 +128,27 @@ def fused(chip):
   )
 
 
+def losses():
+  """Forward and backward; the odd sizes have blocks beyond the ends."""
+  for dtype, layout, softcap in (
+    ('bfloat16', 'NN', None),
+    ('float32', 'NT', 9.0),
+  ):
+    fn = functools.partial(
+      kernels.linear_cross_entropy,
+      layout=layout,
+      softcap=softcap,
+      implementation='mosaic',
+    )
+
+    def both(x, w, labels, fn=fn):
+      return jax.grad(lambda x, w: fn(x, w, labels).sum(), (0, 1))(x, w)
+
+    m, n, k = _SIZES[' odd']
+    pair = zip(shapes(layout, m, n, k), (dtype, dtype), strict=True)
+    yield f'loss {dtype}', both, [*pair, ((m,), 'int32')]
+
+
 def pushes():
   """What the bundles of the last program say, and nothing of it is kept."""
   found = set()
@@ -144,7 +165,7 @@ def main(chip, wanted):
   )
   mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ('x',))
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  for name, fn, operands in [*products(chip), *fused(chip)]:
+  for name, fn, operands in [*products(chip), *fused(chip), *losses()]:
     if wanted and wanted not in name:
       continue
     arrays = [jax.ShapeDtypeStruct(s, d, sharding=whole) for s, d in operands]

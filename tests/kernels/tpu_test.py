@@ -40,6 +40,11 @@ def test_every_kernel_compiles(chip):
   assert {n: r['error'] for n, r in rows.items() if 'error' in r} == {}
 
 
+@pytest.mark.parametrize('chip', CHIPS)
+def test_the_loss_is_multiplied_in_bfloat16(chip):
+  assert set(compiled(chip)['loss bfloat16']['pushes']) == {'bf16'}
+
+
 @pytest.mark.parametrize('chip', ['v5e', 'v5p', 'v6e'])
 def test_integers_are_multiplied_as_they_are(chip):
   for name, row in compiled(chip).items():

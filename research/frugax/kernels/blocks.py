@@ -87,6 +87,34 @@ def fused(
   return found._replace(rows=rows, columns=columns)
 
 
+def cross_entropy(
+  width: int, itemsize: int, backward: bool = False
+) -> tuple[int, int]:
+  """Rows and tokens of the vocabulary of a block of `linear_cross_entropy`.
+
+  Args:
+    width: D, of which a block has all.
+    itemsize: bytes of an element of both operands.
+    backward: whether there are gradients of either operand, too.
+  """
+  rows, columns = 1024, 512
+  width = -(-width // 128) * 128
+  # Two of each operand and of its gradient, whose sum is in float32.
+  each = width * (2 * itemsize + backward * (2 * itemsize + 4))
+
+  def size():
+    most = max(rows, columns) if backward else rows + columns
+    least = min(rows, columns) * width * 2 * itemsize if backward else 0
+    return most * each + least + 4 * 4 * rows * columns
+
+  while size() > VMEM_LIMIT and max(rows, columns) > 128:
+    if rows > columns:
+      rows //= 2
+    else:
+      columns //= 2
+  return rows, columns
+
+
 class GpuBlocks(NamedTuple):
   """As `Blocks`, and how a GPU works on them.
 

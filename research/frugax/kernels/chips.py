@@ -15,16 +15,17 @@ IMPLEMENTATIONS = ('mosaic', 'triton', 'mosaic_gpu', 'xla')
 # What each chip multiplies faster, or in fewer bytes, than as bfloat16. 'mixed'
 # is bfloat16 times integers. v5e, v5p and v6e widen 8-bit floats to bfloat16;
 # tpu7x computes int8 by way of bfloat16, and int4 and float4 as 8-bit floats;
-# Hopper (H100, H200) computes int4 as int8.
+# Hopper (H100, H200) computes int4 as int8. 'bfloat16' itself is here where a
+# kernel saves its results from memory, as that of the loss does.
 NATIVE = {
   'v4': (),
-  'v5e': ('int8', 'int4', 'mixed'),
-  'v5p': ('int8', 'int4', 'mixed'),
-  'v6e': ('int8', 'int4', 'mixed'),
-  'tpu7x': ('int4', 'float8', 'float4', 'mixed'),
+  'v5e': ('int8', 'int4', 'mixed', 'bfloat16'),
+  'v5p': ('int8', 'int4', 'mixed', 'bfloat16'),
+  'v6e': ('int8', 'int4', 'mixed', 'bfloat16'),
+  'tpu7x': ('int4', 'float8', 'float4', 'mixed', 'bfloat16'),
   'hopper': ('int8', 'int4', 'float8'),
 }
-_MOSAIC = ('int8', 'int4', 'float8', 'mixed')
+_MOSAIC = ('int8', 'int4', 'float8', 'mixed', 'bfloat16', 'float32')
 # What kernels compile for a chip, fast or not. The first that can is taken.
 COMPILES = {
   'v4': {'mosaic': ('mixed',)},

@@ -10,7 +10,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from frugax import names
-from frugax.kernels.linear_cross_entropy import reference
+from frugax.kernels import chips
+from frugax.kernels.linear_cross_entropy import reference, tpu
 
 # Which axis of w is the vocabulary.
 LAYOUTS = {'NN': 1, 'NT': 0}
@@ -27,6 +28,8 @@ def linear_cross_entropy(
   ignore_index: int = -1,
   return_lse: bool = False,
   vocab_axis: str | Sequence[str] | None = None,
+  implementation: str | None = None,
+  interpret: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
   r"""Losses of tokens against logits x w, in memory of O(N + V) beside both.
 
@@ -58,6 +61,11 @@ def linear_cross_entropy(
       of w is cut, within `jax.shard_map` over it or under `jax.set_mesh`. Each
       device computes the logits of its own part. What travels is a few numbers
       a token and, summed, the gradient of x: no logit, and nothing of w.
+    implementation: 'mosaic' (kernels for TPUs), 'xla', or None, which takes the
+      kernels for bfloat16 on v5e, v5p, v6e and tpu7x, on one device or within
+      `jax.shard_map` with check_vma=False, and else XLA. A kernel holds no
+      logits but a block in the chip; XLA at most 2^24 of them, or 512 a row.
+    interpret: run the kernels as plain JAX, on any platform.
 
   Returns:
     The losses (...) in float32, and with `return_lse` also the log-partitions,
@@ -65,7 +73,8 @@ def linear_cross_entropy(
 
   Raises:
     ValueError: an unknown layout, shapes that do not fit, labels that are not
-      integers, an axis that is none of a mesh, or a cap that is not positive.
+      integers, an axis that is none of a mesh, a cap that is not positive, or
+      an implementation that is unknown or does not run here.
 
   Examples:
     >>> x, w = jnp.eye(3, 4), jnp.zeros((4, 5))
@@ -100,6 +109,8 @@ def linear_cross_entropy(
       ignore_index=ignore_index,
       return_lse=return_lse,
       vocab_axis=axes,
+      implementation=implementation,
+      interpret=interpret,
     )
     return jax.shard_map(
       within,
@@ -116,7 +127,9 @@ def linear_cross_entropy(
   known = counts & (own >= 0) & (own < w.shape[axis])
   dtype = jnp.promote_types(x.dtype, w.dtype)
   operands = x.astype(dtype), w.astype(dtype), jnp.where(known, own, -1)
-  lse, at = _core(_Options(axis, softcap), *_alike(operands))
+  which = _choose(dtype, operands, implementation, interpret)
+  options = _Options(axis, softcap, which, interpret)
+  lse, at = _core(options, *_alike(operands))
   if axes:
     top = lax.pmax(lax.stop_gradient(lse), axes)
     lse = top + jnp.log(lax.psum(jnp.exp(lse - top), axes))
@@ -131,12 +144,30 @@ def linear_cross_entropy(
 class _Options(NamedTuple):
   axis: int
   softcap: float | None
+  implementation: str
+  interpret: bool
+
+
+def _choose(dtype, operands, implementation, interpret):
+  if implementation is None and not interpret:
+    cpu = chips.current() is None and jax.default_backend() == 'cpu'
+    # A kernel says nothing of the axes over which its results vary.
+    if cpu or any(map(reference.varying, operands)):
+      return 'xla'
+  return chips.choose(
+    'linear_cross_entropy', str(dtype), implementation, interpret
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _core(options, x, w, labels):
   """Log-partition and the logit at the label, of this device's vocabulary."""
-  return reference.forward(x, w, labels, *options)
+  axis, softcap, which, interpret = options
+  if which == 'xla':
+    return reference.forward(x, w, labels, axis, softcap)
+  flat = x.reshape(-1, x.shape[-1]), w, labels.reshape(-1)
+  found = tpu.forward(*flat, axis, softcap, interpret)
+  return tuple(a.reshape(labels.shape) for a in found)
 
 
 def _core_forward(options, x, w, labels):
@@ -145,7 +176,14 @@ def _core_forward(options, x, w, labels):
 
 
 def _core_backward(options, residuals, gradients):
-  return *reference.backward(*residuals, *gradients, *options), None
+  axis, softcap, which, interpret = options
+  if which == 'xla':
+    found = reference.backward(*residuals, *gradients, axis, softcap)
+    return *found, None
+  x, w, *rows = *residuals, *gradients
+  flat = x.reshape(-1, x.shape[-1]), w, *(a.reshape(-1) for a in rows)
+  dx, dw = tpu.backward(*flat, axis, softcap, interpret)
+  return dx.reshape(x.shape), dw, None
 
 
 _core.defvjp(_core_forward, _core_backward)

@@ -100,10 +100,10 @@ def backward(
     z = logits(x, cut, axis, softcap)
     hits = _hits(labels[..., None], start, z)
     dz = gradient(z, hits, *per_row, softcap).astype(x.dtype)
-    dx += _dot(dz, cut, (x.ndim - 1,), (axis,))
+    dx += dot(dz, cut, (x.ndim - 1,), (axis,))
     # As (size, D) or (D, size).
     pair = (x, dz) if axis else (dz, x)
-    own = _dot(*pair, rows, rows).astype(w.dtype)
+    own = dot(*pair, rows, rows).astype(w.dtype)
     return dx, lax.dynamic_update_slice_in_dim(dw, own, start, axis)
 
   start = _zeros(x, x.shape), jnp.zeros_like(w)
@@ -113,7 +113,7 @@ def backward(
 
 def logits(x, w, axis, softcap):
   """Of x (..., D) and w, in float32."""
-  z = _dot(x, w, (x.ndim - 1,), (1 - axis,))
+  z = dot(x, w, (x.ndim - 1,), (1 - axis,))
   return z if softcap is None else softcap * jnp.tanh(z / softcap)
 
 
@@ -131,7 +131,8 @@ def _zeros(x, shape):
   return vary(jnp.zeros(shape, _sums(x)), varying(x))
 
 
-def _dot(a, b, i, j):
+def dot(a, b, i, j):
+  """Contracts axes i of a and j of b, in float32."""
   highest = a.dtype == jnp.float32  # else a TPU rounds them to bfloat16
   return lax.dot_general(
     a,

@@ -14,7 +14,8 @@ the weights again. Some gradients of weights are reduced and scattered one
 chunk at a time while they are computed ('product, permute'); these count with
 the whole array. Of arrays of fewer bytes than 1 % of the largest (scales, keys)
 there is the sum alone. The second has how many products there are, forward and
-backward, of which operands. These are static counts: nothing was run.
+backward, of which operands, XLA's and those of kernels, one of which multiplies
+all weights of the same activations. These are static counts: nothing was run.
 """
 
 import os
@@ -54,6 +55,11 @@ _COLLECTIVE = re.compile(
   r'all-to-all|collective-permute)(?:-start)?\('
 )
 _PRODUCT = re.compile(r' = \S+ (?:convolution|dot)\((\S+), (\S+)\)')
+# Of a kernel the operands' arrays, codes before scales.
+_KERNEL = re.compile(
+  r'custom_call_target="tpu_custom_call", operand_layout_constraints='
+  r'\{(\w+)\[[\d,]*\]\{[\d,]*\}, (\w+)\['
+)
 # As in `%x = (s8[4,128]{1,0}, s8[8,128]{1,0}) ...`: the first array's dtype.
 _VALUE = re.compile(r'^ *(?:ROOT )?(%\S+) = (\w+)\[')
 _ARRAY = re.compile(r'\b([a-z]+\d\w*)\[([\d,]*)\]')
@@ -180,16 +186,18 @@ def sent(text: str) -> list[Sent]:
 
 
 def products(text: str) -> collections.Counter:
-  """How many products of linears have (is it backward, dtype, dtype)."""
+  """How many products of linears have (backward?, kernel?, dtype, dtype)."""
   dtypes = {}
   for line in text.splitlines():
     if match := _VALUE.search(line):
       dtypes[match[1]] = match[2]
   found = collections.Counter()
   for line in text.splitlines():
-    match, place = _PRODUCT.search(line), _place(line)
-    if match and place:
-      found[place[1], dtypes[match[1]], dtypes[match[2]]] += 1
+    place = _place(line)
+    if place and (match := _PRODUCT.search(line)):
+      found[place[1], False, dtypes[match[1]], dtypes[match[2]]] += 1
+    elif place and (match := _KERNEL.search(line)):
+      found[place[1], True, *match.groups()] += 1
   return found
 
 
@@ -217,9 +225,10 @@ def show(name: str, variant: Variant) -> None:
       f'{total / 2**20:9.2f} MiB'
     )
   print(f'  all else {small / 2**20:.2f} MiB')
-  for (backward, *pair), n in sorted(products(text).items()):
+  for (backward, kernel, *pair), n in sorted(products(text).items()):
     where = 'backward' if backward else 'forward'
-    print(f'  {where:9s}{n:4d} products of {" by ".join(pair)}', flush=True)
+    what = 'kernels' if kernel else 'products'
+    print(f'  {where:9s}{n:4d} {what} of {" by ".join(pair)}', flush=True)
 
 
 def main() -> None:

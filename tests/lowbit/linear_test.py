@@ -435,17 +435,20 @@ def _at(operand, factor):
 
 
 @pytest.mark.parametrize('recipe', ['int4', 'quest4'])
-def test_the_codes_of_weights_are_gathered(recipe):
+def test_the_codes_of_weights_are_gathered(recipe, monkeypatch):
   """Packed, where the product of the backward pass rounds them again, too."""
   seen = []
 
-  def gather(codes, axes):
+  def gather(cut, codes, axes):
     seen.append((codes.shape, codes.dtype.name, axes))
     return codes
 
+  monkeypatch.setattr(lowbit.Cut, 'gather', gather)
+  monkeypatch.setattr(lowbit.Cut, 'parts', lambda *args: None)
   x, w = jnp.ones((3, 4, 6)), jnp.arange(6 * 2 * 4.0).reshape(6, 2, 4)
   dims = (((2,), (0,)), ((), ()))
-  dot = lowbit.dot_general(lowbit.recipe(recipe), gather=gather)
+  cut = lowbit.Cut(None, ('batch', 'sequence'), ('embed', 'heads', None))
+  dot = lowbit.dot_general(lowbit.recipe(recipe), cut=cut)
   plain = lowbit.dot_general(lowbit.recipe(recipe))
   for got, want in zip(
     jax.grad(lambda x, w: (dot(x, w, dims) ** 2).sum(), (0, 1))(x, w),

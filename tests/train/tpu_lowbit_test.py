@@ -21,8 +21,10 @@ pytestmark = pytest.mark.skipif(
 _STUDY = pathlib.Path(__file__).parents[2] / 'research' / 'studies'
 # Bytes or two codes a byte: a weight has 64 Ki numbers and more, over `tensor`.
 _WEIGHT = 256 * 256 // 2
+_TOKENS = 16 * 128
 VARIANTS = {
-  'int4': 'int4,v5e:4x4,fsdp=4,tensor=4',
+  'int4': 'int4,v5e:2x2,fsdp=2,tensor=2',
+  'int8': 'int8,v5e:2x2,fsdp=4',
   'fp8': 'fp8,tpu7x:2x2x2,fsdp=16',
 }
 
@@ -50,16 +52,37 @@ def gathers(recipe, tensor):
 
 def test_weights_are_gathered_as_codes():
   """Seven of a layer: in 4 bits as bytes of two, and backward in 8 bits."""
-  assert gathers('int4', 4) == {(False, 'u8'): 7, (True, 's8'): 7}
+  assert gathers('int4', 2) == {(False, 'u8'): 7, (True, 's8'): 7}
+  assert gathers('int8', 1) == {(False, 's8'): 7, (True, 's8'): 7}
   assert gathers('fp8', 1) == {(False, 'f8e4m3fn'): 7, (True, 'f8e4m3fn'): 7}
 
 
 @pytest.mark.parametrize(
-  ('recipe', 'native'),
-  [('int4', {'s8', 's4'}), ('fp8', {'f8e4m3fn', 'f8e5m2'})],
+  ('recipe', 'forward', 'backward'),
+  [
+    ('int4', ('s4', 's4'), ('s8', 's8')),
+    ('int8', ('s8', 's8'), ('s8', 's8')),
+    ('fp8', ('f8e4m3fn', 'f8e4m3fn'), ('f8e4m3fn', 'f8e5m2')),
+  ],
 )
-def test_no_operand_of_a_product_is_widened(recipe, native):
-  products = read(recipe)['products']
-  assert {backward for backward, *_ in products} == {False, True}
-  for _, left, right, _ in products:
-    assert {left, right} <= native
+def test_kernels_multiply_codes_on_meshes(recipe, forward, backward):
+  """No other product is left, and no operand is widened.
+
+  Forward q, k and v are one, gate and up are another.
+  """
+  found = collections.Counter()
+  for is_backward, kernel, left, right, count in read(recipe)['products']:
+    found[is_backward, kernel, *sorted((left, right))] += count
+  assert found == {(False, True, *forward): 4, (True, True, *backward): 14}
+
+
+@pytest.mark.parametrize('recipe', VARIANTS)
+def test_sums_over_devices_are_sent_in_the_layers_dtype(recipe):
+  """Those of weights' gradients to where the weights lie."""
+  scattered = collections.Counter()
+  for operation, _, backward, dtype, shape in read(recipe)['sent']:
+    if operation == 'reduce-scatter':
+      scattered[backward, dtype] += 1
+    elif operation != 'all-gather' and dtype in ('s32', 'f32'):  # of scales
+      assert math.prod(shape) <= _TOKENS, (operation, dtype, shape)
+  assert scattered == {(True, 'bf16'): 7}

@@ -79,9 +79,10 @@ def gains(kind: str) -> bool:
 
   It cannot where XLA would have to cut it over several devices, which it does
   not know how to: on a mesh of several, or without one where there are several,
-  unless it is traced inside `jax.shard_map` over all of the mesh's axes. There
-  XLA multiplies the codes: on TPUs int8 and 8-bit floats as they are, int4 as
-  int8. (`custom_partitioning` would tell XLA how, but when the compiler of TPUs
+  unless it is traced inside `jax.shard_map` over all of the mesh's axes, as
+  `frugax.lowbit` does where it is told how arrays are cut. Elsewhere XLA
+  multiplies the codes: on TPUs int8 and 8-bit floats as they are, int4 as int8.
+  (`custom_partitioning` would tell XLA how, but when the compiler of TPUs
   works for described devices it does not find what that calls.)
   """
   chip = current()

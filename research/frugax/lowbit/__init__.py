@@ -1,5 +1,6 @@
 """Matrix products in few bits, as replacements of `jax.lax.dot_general`."""
 
+from frugax.lowbit.cuts import Cut, Layout
 from frugax.lowbit.flow import FLOWS, Flow, flow, keep_in_few_bits
 from frugax.lowbit.linear import dot_general, dot_generals
 from frugax.lowbit.operands import Operand, Product, Recipe, Rotation
@@ -9,7 +10,9 @@ from frugax.lowbit.stored import attach, load_weights, store_weights
 __all__ = [
   'FLOWS',
   'RECIPES',
+  'Cut',
   'Flow',
+  'Layout',
   'Operand',
   'Product',
   'Recipe',

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
-import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from frugax.kernels import chips
 from frugax.lowbit import matrices, multiply
+from frugax.lowbit.cuts import Cut
 from frugax.lowbit.keys import operand_keys, weights_key
 from frugax.lowbit.operands import Recipe
 from frugax.quant import elements
@@ -24,7 +22,7 @@ def dot_general(
   recipe: Recipe,
   key: jax.Array | None = None,
   native: bool | None = None,
-  gather: Callable | None = None,
+  cut: Cut | None = None,
 ) -> Callable[..., jax.Array]:
   """A function like `jax.lax.dot_general`, computed as a recipe says.
 
@@ -56,11 +54,13 @@ def dot_general(
       sums in another order, and a last bit differs, it is another one, too.
     native: whether codes are multiplied as they are. None does so except on
       CPUs, where products of wider numbers are faster.
-    gather: called on the codes of the weights, once rounded, as `gather(codes,
-      axes)`, with the axis of the weights that each axis of the codes is made
-      of (the first, of several; None for none); returns them with a sharding.
-      Weights that are cut over devices are rounded where they lie, and travel
-      in few bits: of at most 4 bits as bytes of several codes.
+    cut: how activations and weights are cut over a mesh; None leaves it to XLA.
+      Weights are rounded where they lie, and travel in few bits: of at most 4
+      bits as bytes of several codes. Each device multiplies its own parts, by
+      the kernels of `frugax.kernels` where it gains by them, and sums over
+      devices travel in the layer's dtype, those of the weights' gradient to
+      where these are stored. (Not where several axes are one and not the first
+      of them alone is cut, such as tokens of a sequence that is cut.)
 
   Returns:
     The function. Its left operand is the activations, its right one the
@@ -78,9 +78,9 @@ def dot_general(
     return lax.dot_general
 
   def dot(lhs, rhs, *args, **kwargs):
-    return _products(
-      recipe, key, native, (gather,), lhs, (rhs,), *args, **kwargs
-    )[0]
+    return _products(recipe, key, native, (cut,), lhs, (rhs,), *args, **kwargs)[
+      0
+    ]
 
   return dot
 
@@ -89,7 +89,7 @@ def dot_generals(
   recipe: Recipe,
   key: jax.Array | None = None,
   native: bool | None = None,
-  gathers: Sequence[Callable | None] | None = None,
+  cuts: Sequence[Cut | None] | None = None,
 ) -> Callable[..., tuple[jax.Array, ...]]:
   r"""Several linear layers of the same activations, such as q, k and v.
 
@@ -103,19 +103,18 @@ def dot_generals(
   for a whole matrix included. But the activations are rounded once, and one
   copy of their codes (and of their mask) stays for the backward pass.
 
-  Where nothing is cut over devices, the forward product is one, as wide as all
-  weights, if their scales let them lie one below the other: with one a row, one
-  for all, or one for a group of a row. On a mesh, where weights would have to
-  change places for that, each has its own product with the same codes. So have
-  the gradients, which contract over the units of one weight, or round what they
-  multiply with for each of the gradients.
+  The forward product is one, as wide as all weights, or as what each device has
+  of them. On a mesh without `cuts`, where weights would have to change places
+  for that, each has its own product with the same codes. So have the gradients,
+  which contract over the units of one weight, or round what they multiply with
+  for each of the gradients.
 
   Args:
     recipe: as in `dot_general`. With `fuse=False` every weight is a layer of
       its own.
     key: as in `dot_general`.
     native: as in `dot_general`.
-    gathers: the `gather` of each of the weights; None for none.
+    cuts: the `cut` of each of the weights; None for none.
 
   Returns:
     A function like `jax.lax.dot_general` whose right operand is a sequence of
@@ -135,17 +134,17 @@ def dot_generals(
     (what is saved of activations, and how often)
   """
   if recipe.fuse and not _is_plain(recipe):
-    return functools.partial(_products, recipe, key, native, gathers)
+    return functools.partial(_products, recipe, key, native, cuts)
 
   def dots(lhs, rhs, *args, **kwargs):
-    each = gathers or [None] * len(rhs)
+    each = cuts or [None] * len(rhs)
     if _is_plain(recipe):
       return tuple(lax.dot_general(lhs, w, *args, **kwargs) for w in rhs)
     return tuple(
       _products(
-        recipe, key, native, (gather,), lhs, (w,), *args, first=i, **kwargs
+        recipe, key, native, (cut,), lhs, (w,), *args, first=i, **kwargs
       )[0]
-      for i, (w, gather) in enumerate(zip(rhs, each, strict=True))
+      for i, (w, cut) in enumerate(zip(rhs, each, strict=True))
     )
 
   return dots
@@ -160,7 +159,7 @@ def _products(
   recipe,
   key,
   native,
-  gathers,
+  cuts,
   lhs: jax.Array,
   rhs: Sequence[jax.Array],
   dimension_numbers,
@@ -183,6 +182,9 @@ def _products(
   (lc, rc), (lb, rb) = dimension_numbers
   dtype = jnp.result_type(lhs.dtype, *(w.dtype for w in rhs))
   units = [i for i in range(rhs[0].ndim) if i not in (*rb, *rc)]
+  axes = (tuple(rb), tuple(units), tuple(rc))
+  rows = [n for i, n in enumerate(lhs.shape) if i not in (*lb, *lc)]
+  cuts = tuple(cuts or [None] * len(rhs))
   layer = _Layer(
     recipe,
     len(lb),
@@ -190,8 +192,12 @@ def _products(
     native,
     precision,
     preferred_element_type,
-    tuple(gathers or [None] * len(rhs)),
-    (tuple(rb), tuple(units), tuple(rc)),
+    cuts,
+    tuple(
+      cut and cut.parts(rows, w.shape, axes)
+      for cut, w in zip(cuts, rhs, strict=True)
+    ),
+    axes,
     first,
   )
   ws = tuple(matrices.view(w, rb, rc) for w in rhs)
@@ -207,7 +213,8 @@ class _Layer(NamedTuple):
   native: bool | None
   precision: object
   preferred: object
-  gathers: tuple
+  cuts: tuple
+  parts: tuple  # what the cuts are for these arrays
   axes: tuple  # of the weights: stacked, kept, contracted
   first: int  # the number of the first of the weights
 
@@ -217,7 +224,7 @@ class _Layer(NamedTuple):
 
   def gathered(self, i, w, transposed=False):
     """The rounded weights, number i, their codes gathered."""
-    if self.gathers[i] is None or not isinstance(w, Tiled):
+    if self.cuts[i] is None or not isinstance(w, Tiled):
       return w
     batch, units, columns = self.axes
     column = next(iter(columns), None)
@@ -225,27 +232,18 @@ class _Layer(NamedTuple):
       axes = (*batch, column, next(iter(units), None))
     else:
       axes = (*batch, *units, column)
-    return dataclasses.replace(w, data=self.gathers[i](w.data, axes))
+    return dataclasses.replace(w, data=self.cuts[i].gather(w.data, axes))
 
-  def multiply(self, left, right):
+  def multiply(self, left, rights, splits):
     return multiply.rows_by_rows(
-      left, right, self.batch, self.dtype, self.native, self.precision
+      left,
+      rights,
+      self.batch,
+      self.dtype,
+      self.native,
+      self.precision,
+      splits,
     )
-
-  def multiply_all(self, left, rights):
-    """By each of the rights, in one product where they can be as one."""
-    wide = None
-    if len(rights) > 1 and chips.uncut():
-      wide = matrices.one_below_the_other(rights, self.batch)
-    if wide is None:
-      return [self.multiply(left, right) for right in rights]
-    units = [right.shape[self.batch : -1] for right in rights]
-    ends = list(itertools.accumulate(math.prod(n) for n in units))
-    parts = jnp.split(self.multiply(left, wide), ends[:-1], -1)
-    return [
-      part.reshape(*part.shape[:-1], *n)
-      for part, n in zip(parts, units, strict=True)
-    ]
 
 
 # Of views alone: transposes and reshapes around it differentiate themselves.
@@ -265,11 +263,12 @@ def _forward(layer, x, ws, key):
     layer.gathered(i, _forward_weights(layer, w, layer.key(key, i))[0])
     for i, w in enumerate(ws)
   ]
+  splits = [parts and parts.forward() for parts in layer.parts]
   ys = tuple(
     _result(layer, product, 3, y, layer.key(key, i)).astype(
       layer.preferred or layer.dtype
     )
-    for i, y in enumerate(layer.multiply_all(left, rights))
+    for i, y in enumerate(layer.multiply(left, rights, splits))
   )
   return ys, _residuals(layer, x, ws, key, left, left_mask)
 
@@ -318,7 +317,7 @@ def _backward(layer, residuals, gs):
     else:
       right = kept if coded is None else coded
     dw = _weight_grad(
-      layer, g, w, right, w_mask, len(shape) - 1, (key, own_key)
+      layer, i, g, w, right, w_mask, len(shape) - 1, (key, own_key)
     )
     dws.append(dw.astype(w.dtype))
   product = recipe.input_grad
@@ -358,14 +357,16 @@ def _input_grad(layer, i, g, w, forward_w, rows, key):
   right, _ = matrices.rounded(product.right, right, batch, key_w)
   if own:
     right = layer.gathered(i, right, transposed=True)
-  dx = layer.multiply(left, right)
+  parts = layer.parts[i]
+  split = parts and parts.input_grad(along_rows)
+  dx = layer.multiply(left, [right], [split])[0]
   if along_rows:
     dx = matrices.rotate(dx, rotation, signs, axis=-2, inverse=True)
   return dx
 
 
-def _weight_grad(layer, g, w, x, mask, rows, keys):
-  """g (*batch, *units, rows) by x (*batch, columns, rows).
+def _weight_grad(layer, i, g, w, x, mask, rows, keys):
+  """g (*batch, *units, rows) by x (*batch, columns, rows), number i.
 
   x is a Tiled that is ready to be multiplied, or an array (*batch, *rows,
   columns) to be rounded here, by the first of the keys; all else by the second.
@@ -381,7 +382,15 @@ def _weight_grad(layer, g, w, x, mask, rows, keys):
   left, _ = matrices.rounded(product.left, left, batch, key_g)
   if not isinstance(x, Tiled):
     x = _weight_grad_right(layer, x, signs, x_key)
-  dw = layer.multiply(left, x).reshape(w.shape)
+  split = layer.parts[i] and layer.parts[i].weight_grad()
+  if split and split.scattered[-1]:
+    # A TPU scatters sums along the outermost axis alone: it would send all of
+    # them along another.
+    dw = layer.multiply(x, [left], [split.swapped()])[0]
+    dw = jnp.moveaxis(dw, batch, -1)
+  else:
+    dw = layer.multiply(left, [x], [split])[0]
+  dw = dw.reshape(w.shape)
   own = product.right.source == 'array'
   dw = _unturned(layer.recipe.forward.rotation, dw, mask, own)
   return _result(layer, product, 5, dw, key)

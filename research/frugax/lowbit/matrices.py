@@ -45,32 +45,6 @@ def merge(x, start, stop=None):
   return x.reshape(*x.shape[:start], size, *x.shape[stop:])
 
 
-def one_below_the_other(parts, batch):
-  """Stacks of matrices of the same columns as one, all rows as one axis.
-
-  None where a scale belongs to more rows than one and fewer than all, or has
-  itself a scale.
-  """
-  if not any(isinstance(x, Tiled) for x in parts):
-    return jnp.concatenate([merge(x, batch, -1) for x in parts], batch)
-  rows, columns = parts[0].scaling.tile
-  if parts[0].tensor is not None or (rows != 1 and (rows or columns)):
-    return None
-  data = [merge(q.data, batch, -1) for q in parts]
-  scales = [
-    jnp.broadcast_to(q.scales, (*q.shape[:-1], q.scales.shape[-1]))
-    for q in parts
-  ]
-  data = jnp.concatenate(data, batch)
-  return dataclasses.replace(
-    parts[0],
-    data=data,
-    scales=jnp.concatenate([merge(s, batch, -1) for s in scales], batch),
-    item_shape=(data.shape[batch], parts[0].shape[-1]),
-    scaling=dataclasses.replace(parts[0].scaling, tile=(1, columns)),
-  )
-
-
 def rounded(operand: Operand, x, batch, key):
   """The operand as a Tiled, or an array, and its mask or None."""
   if operand.format is None:

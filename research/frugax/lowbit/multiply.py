@@ -1,24 +1,31 @@
 """Products of rounded matrices, by their codes where both have row scales."""
 
 import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from frugax.kernels import chips, quantized_matmul
+from frugax.lowbit import cuts, matrices
 from frugax.quant import elements
 from frugax.quant.tiles import Tiled, dequantize_tiles
 
 
 def rows_by_rows(
   left: Tiled | jax.Array,
-  right: Tiled | jax.Array,
+  rights: Sequence[Tiled | jax.Array],
   batch_axes: int = 0,
   dtype: jax.typing.DTypeLike = jnp.float32,
   native: bool | None = None,
   precision: lax.PrecisionLike = None,
-) -> jax.Array:
+  splits: Sequence[cuts.Split | None] | None = None,
+) -> list[jax.Array]:
   r"""The inner products of all rows of two stacks of matrices.
 
   With a scale a row, or one for all, the scales are taken out of the sum,
@@ -32,73 +39,132 @@ def rows_by_rows(
     \sum_k a_{ik} b_{jk} + \tfrac12 \sum_k a_{ik} + \tfrac12 \sum_k b_{jk} +
     \tfrac{K}{4}
 
+  Several right operands are one, as high as all of them, where their rows need
+  not change places for that: on one device, or on each of several.
+
   Args:
     left: (*batch, *rows, columns).
-    right: (*batch, *other rows, columns).
+    rights: (*batch, *other rows, columns) each, all rounded alike.
     batch_axes: number of axes over which the matrices are stacked.
-    dtype: of rounded operands in floating-point products; float32 where one has
-      16 bits.
+    dtype: of rounded operands in floating-point products, float32 where one has
+      16 bits; and of sums over several devices.
     native: see `frugax.lowbit.dot_general`.
     precision: of floating-point products.
+    splits: how operands and results are cut over devices, for each right one.
+      Each device then multiplies its parts, by kernels where it gains, and sums
+      are scaled before they travel. Without, XLA cuts products.
 
   Returns:
-    (*batch, *rows, *other rows) in float32.
+    (*batch, *rows, *other rows) for each, in float32; sums over devices in
+    `dtype`.
 
   Examples:
     >>> from frugax.quant import quantize_tiles
     >>> x = jnp.array([[127., 2.], [-4., 127.]])
     >>> q = quantize_tiles(x, 'int8')
-    >>> print(rows_by_rows(q, x.at[0].set(.5), native=True))
+    >>> print(rows_by_rows(q, [x.at[0].set(.5)], native=True)[0])
     [[  64.5 -254. ]
      [  61.5 16145. ]]
   """
-  if any(isinstance(x, Tiled) and _wide(x) for x in (left, right)):
+  sum_dtype = dtype
+  if any(isinstance(x, Tiled) and _wide(x) for x in (left, *rights)):
     # Numbers that bfloat16 cannot hold, even where the layer's dtype is that.
     dtype, precision = jnp.float32, lax.Precision.HIGHEST
-  if isinstance(left, Tiled) and isinstance(right, Tiled):
-    kinds = {_kind(left), _kind(right)}
-  else:
-    kinds = {None}
-  a, left_scale = _apart(left, dtype, kinds)
-  b, right_scale = _apart(right, dtype, kinds)
-  stacked = tuple(range(batch_axes))
+  how = _How(batch_axes, dtype, native, precision, *_codes(left, rights[0]))
+  products = functools.partial(_products, how)
+  a, *others = (_apart(x, dtype, how.codes) for x in (left, *rights))
+  if chips.uncut() or not splits or None in splits:
+    return products(a, others)
+  return cuts.over_devices(splits, products, sum_dtype, a, others)
+
+
+class _How(NamedTuple):
+  """All that is static of a product.
+
+  Attributes:
+    codes: whether codes are multiplied: 'int8', 'float8', or None for numbers.
+    kernel: what the kernels call it.
+    shifts: of the numbers of both operands against their codes.
+  """
+
+  batch: int
+  dtype: object
+  native: bool | None
+  precision: object
+  codes: str | None = None
+  kernel: str | None = None
+  shifts: tuple[float, float] = (0.0, 0.0)
+
+
+def _codes(left, right):
+  if not (isinstance(left, Tiled) and isinstance(right, Tiled)):
+    return ()
+  kinds = {_kind(left), _kind(right)}
+  if len(kinds) > 1 or None in kinds:
+    return ()
+  return kinds.pop(), _kernel_kind(left, right), (_shift(left), _shift(right))
+
+
+def _products(how, left, rights):
+  """Of what `_apart` gives, on one device or of a device's parts."""
+  if len(rights) == 1 or not chips.uncut():
+    return [_product(how, left, right) for right in rights]
+  units = [right[0].shape[how.batch : -1] for right in rights]
+  ends = list(itertools.accumulate(math.prod(n) for n in units))
+  wide = _product(how, left, _one_below_the_other(rights, how.batch))
+  return [
+    part.reshape(*part.shape[:-1], *n)
+    for part, n in zip(jnp.split(wide, ends[:-1], -1), units, strict=True)
+  ]
+
+
+def _one_below_the_other(rights, batch):
+  """All rows as one axis, with a scale each."""
+  columns = []
+  for x, *scales in rights:
+    spread = [jnp.broadcast_to(s, (*x.shape[:-1], 1)) for s in scales]
+    columns.append([matrices.merge(y, batch, -1) for y in (x, *spread)])
+  return [jnp.concatenate(each, batch) for each in zip(*columns, strict=True)]
+
+
+def _product(how, left, right):
+  (a, *left_scale), (b, *right_scale) = left, right
+  batch = how.batch
+  stacked = tuple(range(batch))
   dims = (((a.ndim - 1,), (b.ndim - 1,)), (stacked, stacked))
 
   def product(a, b):
     return lax.dot_general(
-      a, b, dims, precision, preferred_element_type=jnp.float32
+      a, b, dims, how.precision, preferred_element_type=jnp.float32
     )
 
   def rescaled(y):
-    if left_scale is not None:
-      y = y * _among_rows(left_scale, batch_axes, a.ndim, b.ndim)
-    if right_scale is not None:
-      y = y * _among_other_rows(right_scale, batch_axes, a.ndim)
+    for s in left_scale:
+      y = y * _among_rows(s, batch, a.ndim, b.ndim)
+    for s in right_scale:
+      y = y * _among_other_rows(s, batch, a.ndim)
     return y
 
-  if kinds in ({'int8'}, {'float8'}):
-    shifts = [_shift(x) for x in (left, right)]
+  if how.codes is None:
+    return rescaled(product(a, b))
 
-    def wide(a, b):
-      a, b = (
-        x.astype(dtype) + jnp.asarray(shift, dtype)
-        for x, shift in zip((a, b), shifts, strict=True)
-      )
+  def wide(a, b):
+    a, b = (
+      x.astype(how.dtype) + jnp.asarray(shift, how.dtype)
+      for x, shift in zip((a, b), how.shifts, strict=True)
+    )
+    return rescaled(product(a, b))
+
+  def narrow(a, b):
+    if chips.gains(how.kernel):
+      return _by_kernel(how, a, b, left_scale + right_scale)
+    if how.codes == 'float8':
       return rescaled(product(a, b))
+    return rescaled(_integers(a, b, dims, batch, *how.shifts))
 
-    def narrow(a, b):
-      kind = _kernel_kind(left, right)
-      if chips.gains(kind):
-        scales = left_scale, right_scale
-        return _by_kernel(a, b, scales, batch_axes, shifts, kind)
-      if kinds == {'float8'}:
-        return rescaled(product(a, b))
-      return rescaled(_integers(a, b, dims, batch_axes, *shifts))
-
-    if native is None:
-      return lax.platform_dependent(a, b, cpu=wide, default=narrow)
-    return narrow(a, b) if native else wide(a, b)
-  return rescaled(product(a, b))
+  if how.native is None:
+    return lax.platform_dependent(a, b, cpu=wide, default=narrow)
+  return narrow(a, b) if how.native else wide(a, b)
 
 
 def _kind(q):
@@ -118,18 +184,19 @@ def _shift(q):
   return 0.5 if elements.element(q.format).rise else 0.0
 
 
-def _apart(x, dtype, kinds):
-  """An array to multiply, and a scale of its rows or None."""
+def _apart(x, dtype, codes):
+  """An array to multiply, and a scale of its rows if it has one."""
   if not isinstance(x, Tiled):
-    return x.astype(dtype), None
-  if kinds in ({'int8'}, {'float8'}):
-    return x.codes(), x.steps()
+    return [x.astype(dtype)]
+  if codes is not None:
+    return [x.codes(), x.steps()]
   rows, columns = x.scaling.tile
   if columns is None and rows in (1, None):
-    return x.numbers().astype(dtype), x.steps()
+    return [x.numbers().astype(dtype), x.steps()]
   # Without the scale of scales the rest is exact in bfloat16.
   inner = dataclasses.replace(x, tensor=None)
-  return dequantize_tiles(inner, dtype), x.tensor
+  scale = [] if x.tensor is None else [x.tensor]
+  return [dequantize_tiles(inner, dtype), *scale]
 
 
 def _kernel_kind(left, right):
@@ -140,8 +207,9 @@ def _kernel_kind(left, right):
   return 'int4' if all(f.bits <= 4 for f in formats) else 'int8'
 
 
-def _by_kernel(a, b, scales, batch, shifts, kind):
+def _by_kernel(how, a, b, scales):
   """The product with its scales, its rows and other rows as one axis each."""
+  batch = how.batch
   stacked = a.shape[:batch]
   shape = (*a.shape[:-1], *b.shape[batch:-1])
   flat = []
@@ -149,11 +217,11 @@ def _by_kernel(a, b, scales, batch, shifts, kind):
     scale = jnp.broadcast_to(scale, (*x.shape[:-1], 1))
     flat.append(scale.reshape(*stacked, -1))
   a, b = (x.reshape(*stacked, -1, x.shape[-1]) for x in (a, b))
-  if kind == 'int4':
+  if how.kernel == 'int4':
     a, b = a.astype(jnp.int4), b.astype(jnp.int4)
 
   def product(a, b, s, t):
-    return quantized_matmul(a, b, s, t, layout='NT', shifts=tuple(shifts))
+    return quantized_matmul(a, b, s, t, layout='NT', shifts=how.shifts)
 
   for _ in range(batch):
     product = jax.vmap(product)

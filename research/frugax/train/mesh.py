@@ -136,19 +136,25 @@ class Layout:
     """Shards an activation inside jit; models get this as an argument."""
     return jax.lax.with_sharding_constraint(x, self.sharding(names, x.shape))
 
-  def gather(self, x: jax.Array, names) -> jax.Array:
-    """Weights inside jit, whole along 'embed': for storage alone are they cut.
-
-    They travel as they are, in few bits if they were rounded. The compiler,
-    told to have x whole, may as well gather what x was computed from.
-    """
-    cut = self.spec(names, x.shape)
-    whole = PartitionSpec(
+  def whole(
+    self, names: Sequence[str | None], shape: Sequence[int]
+  ) -> PartitionSpec:
+    """Of weights as products have them: along 'embed' storage alone is cut."""
+    cut = self.spec(names, shape)
+    return PartitionSpec(
       *(
         None if n == 'embed' else axes
         for n, axes in zip(names, cut, strict=True)
       )
     )
+
+  def gather(self, x: jax.Array, names) -> jax.Array:
+    """Weights inside jit, gathered: their partition becomes `whole`.
+
+    They travel as they are, in few bits if they were rounded. The compiler,
+    told to have x whole, may as well gather what x was computed from.
+    """
+    cut, whole = self.spec(names, x.shape), self.whole(names, x.shape)
     if cut == whole:
       return x
 

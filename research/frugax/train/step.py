@@ -281,7 +281,7 @@ def build(config, devices: Sequence[jax.Device] | None = None) -> Program:
   model = llama.Llama(
     llama.config(fields.pop('size'), **fields),
     constrain=layout.constrain,
-    gather=layout.gather,
+    layout=layout,
     cross_entropy=layout.cross_entropy,
   )
   stored = jax.eval_shape(model.init, jax.random.PRNGKey(0))

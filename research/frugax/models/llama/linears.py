@@ -75,19 +75,19 @@ def plain(paths, key=None):
   return one_by_one([lax.dot_general] * len(paths))
 
 
-def gather_codes(config, path, gather):
-  """What `lowbit.dot_general` does to the codes of a linear's weights."""
+def cut(config, path, layout):
+  """How `lowbit.dot_general` finds a linear's arrays on a mesh."""
+  if layout is None:
+    return None
   names = axes.of_linear(config, path)
-  return lambda codes, of: gather(
-    codes, [None if i is None else names[i] for i in of]
-  )
+  return lowbit.Cut(layout, ('batch', 'sequence'), names)
 
 
 def by_recipe(
   config: LlamaConfig,
   dot_general: Callable | None = None,
   wrap: Callable | None = None,
-  gather: Callable = identity,
+  layout: lowbit.Layout | None = None,
 ) -> Callable:
   """Products as the recipes of the config say: of one recipe, together.
 
@@ -95,7 +95,7 @@ def by_recipe(
     config: names the recipe of each linear.
     dot_general: computes all of them in its place, one by one.
     wrap: (path, dot_general) -> another one; with it they are one by one, too.
-    gather: see `Llama`.
+    layout: see `Llama`.
 
   Returns:
     (paths of linears of the same input, key of what is random or None) -> what
@@ -106,11 +106,11 @@ def by_recipe(
     if dot_general is not None:
       return one_by_one([dot_general] * len(paths))
     recipes = [lowbit.recipe(config.recipe_of(path)) for path in paths]
-    gathers = [gather_codes(config, path, gather) for path in paths]
+    cuts = [cut(config, path, layout) for path in paths]
     if wrap is not None:
       dots = [
-        lowbit.dot_general(recipe, key, gather=own)
-        for recipe, own in zip(recipes, gathers, strict=True)
+        lowbit.dot_general(recipe, key, cut=own)
+        for recipe, own in zip(recipes, cuts, strict=True)
       ]
       return one_by_one(list(map(wrap, paths, dots)))
 
@@ -118,8 +118,8 @@ def by_recipe(
       out = {}
       for recipe in dict.fromkeys(recipes):
         where = [i for i, other in enumerate(recipes) if other == recipe]
-        own = [gathers[i] for i in where]
-        dots = lowbit.dot_generals(recipe, key, gathers=own)
+        own = [cuts[i] for i in where]
+        dots = lowbit.dot_generals(recipe, key, cuts=own)
         ys = dots(x, [kernels[i] for i in where], dimension_numbers)
         out |= zip(where, ys, strict=True)
       return [out[i] for i in range(len(recipes))]
@@ -132,14 +132,14 @@ def by_recipe(
 def head(
   config: LlamaConfig,
   wrap: Callable | None = None,
-  gather: Callable = identity,
+  layout: lowbit.Layout | None = None,
 ) -> Callable:
   """(key or None) -> the `dot_general` of the head; arguments: `by_recipe`."""
-  own = gather_codes(config, 'lm_head', gather)
+  own = cut(config, 'lm_head', layout)
   recipe = lowbit.recipe(config.matmul_head)
 
   def product(key=None):
-    dot = lowbit.dot_general(recipe, key, gather=own)
+    dot = lowbit.dot_general(recipe, key, cut=own)
     return dot if wrap is None else wrap('lm_head', dot)
 
   return product

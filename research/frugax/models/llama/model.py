@@ -155,8 +155,8 @@ class Llama:
       embedding before its look-up; returns `x` with a sharding. The model
       knows names, not meshes: 'batch', 'sequence', 'kv_sequence', 'act_embed',
       'act_heads', 'act_kv_heads', 'head_dim', 'act_mlp', 'act_vocab'.
-    gather: called likewise on the rounded weights of linears, their axes named
-      as in `axes`; returns them as products shall have them.
+    layout: the mesh, and what its rules make of names, for linears that a
+      recipe computes: their weights' axes are named as in `axes`.
     cross_entropy: called as `frugax.kernels.linear_cross_entropy` is.
 
   Examples:
@@ -190,10 +190,10 @@ class Llama:
     dot_general: Callable | None = None,
     wrap: Callable | None = None,
     constrain: Callable = linears.identity,
-    gather: Callable = linears.identity,
+    layout: lowbit.Layout | None = None,
     cross_entropy: Callable = kernels.linear_cross_entropy,
   ):
-    product = linears.by_recipe(config, dot_general, wrap, gather)
+    product = linears.by_recipe(config, dot_general, wrap, layout)
     self.config = config
     self._constrain = constrain
 
@@ -207,7 +207,7 @@ class Llama:
     self._exempt = (0, 0) if dot_general else config.matmul_exempt
     as_it_is = functools.partial(operation, lowbit.Flow())
     self._exempt_block = Block(config, linears.plain, constrain, as_it_is)
-    self._head = linears.head(config, wrap, gather)
+    self._head = linears.head(config, wrap, layout)
     exact = lowbit.recipe(config.matmul_head) == lowbit.recipe('none')
     self._cross_entropy = cross_entropy if exact and wrap is None else None
     self._norm = RMSNorm(config)

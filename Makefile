@@ -6,6 +6,7 @@
 # make bench   time the step and the optimizers against hand-written ones
 # make bench-peers  time the optimizers against PyTorch's
 # make bench-kernels  count the cycles of TPU kernels, by their compiler
+# make memory-table  optimizer state and peak HBM by the TPU's compiler; hours
 # Each makes the virtual environment that it needs. PYTHON=python3.12 chooses
 # the interpreter; VENV=DIR where the environment lives.
 
@@ -27,7 +28,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export JAX_PLATFORMS ?= cpu
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: train test test-slow test-gpu lint smoke parity bench bench-peers bench-kernels clean
+.PHONY: train test test-slow test-gpu lint smoke parity bench bench-peers bench-kernels memory-table clean
 
 train: $(READY)
 	$(PY) -m frugax.train.corpus --data_dir=data
@@ -70,6 +71,12 @@ bench-peers: $(READY)
 bench-kernels: $(KERNELS_VENV)/ready-$(VERSION)
 	$(KERNELS_VENV)/bin/python research/studies/bench_kernels.py
 	$(KERNELS_VENV)/bin/python research/studies/bench_hadamard.py
+
+# The state of each optimizer takes a minute. Each peak takes the compiler some:
+# PEAKS=1b for those of one size, PEAKS=none for none. They are kept.
+PEAKS ?= 60m,130m,350m,1b,7b
+memory-table: $(READY)
+	$(PY) research/studies/memory_table.py --peaks=$(PEAKS)
 
 clean:
 	rm -rf .venv .venv-* .cache

@@ -22,7 +22,7 @@ def test_paths_and_targets_exist():
   paths += re.findall(r'^\| `([\w/]+)` \|', _TEXT, re.MULTILINE)
   assert len(paths) > 5
   assert [p for p in paths if not (_ROOT / p).exists()] == []
-  targets = set(re.findall(r'^    make (\w+)', _TEXT, re.MULTILINE))
+  targets = set(re.findall(r'^    make ([\w-]+)', _TEXT, re.MULTILINE))
   assert {'train', 'test', 'parity', 'bench'} <= targets
   rules = (_ROOT / 'Makefile').read_text()
   assert [t for t in targets if not re.search(f'^{t}:', rules, re.M)] == []

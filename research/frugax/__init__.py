@@ -14,6 +14,7 @@ __all__ = [
   'lowbit',
   'models',
   'optim',
+  'plan',
   'quant',
   'report',
   'train',

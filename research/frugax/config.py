@@ -176,7 +176,23 @@ def parse_command_line(
   parser.add_argument('--workdir', required=True, metavar='DIR')
   known, rest = parser.parse_known_args(argv)
   config = load(known.config)
-  rest = list(rest)
+  override_all(config, rest)
+  return config, known
+
+
+def override_all(
+  config: ml_collections.ConfigDict, arguments: Sequence[str]
+) -> None:
+  """Applies arguments --config.key=value, or --config.key value, in place.
+
+  Args:
+    config: the config.
+    arguments: what is left of a command line.
+
+  Raises:
+    ConfigError: as `override`, or an argument that is another.
+  """
+  rest = list(arguments)
   while rest:
     item = rest.pop(0)
     if not item.startswith('--config.'):
@@ -190,7 +206,6 @@ def parse_command_line(
         raise ConfigError(f'{item} needs a value: {item}=VALUE')
       value = rest.pop(0)
     override(config, key, value)
-  return config, known
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:

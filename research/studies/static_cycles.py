@@ -17,16 +17,10 @@ jax.
 import os
 import tempfile
 
-# libtpu is asked for chips that it does not have, and to write no logs.
-os.environ |= {
-  'JAX_PLATFORMS': 'cpu',
-  'TPU_SKIP_MDS_QUERY': '1',
-  'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
-  'TPU_WORKER_HOSTNAMES': 'localhost',
-  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-  'TPU_LOG_DIR': 'disabled',
-  'TPU_MIN_LOG_LEVEL': '3',
-  'TPU_STDERR_LOG_LEVEL': '3',
+from frugax.plan import environment
+
+# Before jax.
+os.environ |= environment.TPU | {
   'LIBTPU_INIT_ARGS': '--xla_jf_dump_static_llo_profile_to='
   + tempfile.mkdtemp(prefix='static_cycles_'),
 }

@@ -9,16 +9,9 @@ error that the compiler raised.
 import os
 import tempfile
 
-os.environ |= {
-  'JAX_PLATFORMS': 'cpu',
-  'TPU_SKIP_MDS_QUERY': '1',
-  'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
-  'TPU_WORKER_HOSTNAMES': 'localhost',
-  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-  # Unchecked, the driver's logs fill disks.
-  'TPU_LOG_DIR': 'disabled',
-  'TPU_MIN_LOG_LEVEL': '3',
-  'TPU_STDERR_LOG_LEVEL': '3',
+from frugax.plan import environment
+
+os.environ |= environment.TPU | {
   'LIBTPU_INIT_ARGS': '--xla_jf_dump_llo_text=true '
   '--xla_jf_dump_llo_pass_label_regex=final_bundles '
   '--xla_jf_dump_to=' + tempfile.mkdtemp(prefix='bundles_'),

@@ -7,17 +7,9 @@ program: the error that the compiler raised, or what it made of collectives.
 import os
 import sys
 
-os.environ |= {
-  'JAX_PLATFORMS': 'cpu',
-  'TPU_SKIP_MDS_QUERY': '1',
-  'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
-  'TPU_WORKER_HOSTNAMES': 'localhost',
-  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-  # Unchecked, the driver's logs fill disks.
-  'TPU_LOG_DIR': 'disabled',
-  'TPU_MIN_LOG_LEVEL': '3',
-  'TPU_STDERR_LOG_LEVEL': '3',
-}
+from frugax.plan import environment
+
+os.environ |= environment.TPU
 
 import functools
 import json

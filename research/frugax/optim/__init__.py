@@ -42,7 +42,11 @@ from frugax.optim.snsm import snsm
 from frugax.optim.spam import spam
 from frugax.optim.spikes import clip_spikes
 from frugax.optim.stable_spam import stable_spam
-from frugax.optim.state import state_bytes, state_shardings
+from frugax.optim.state import (
+  state_bytes,
+  state_categories,
+  state_shardings,
+)
 from frugax.optim.subset_norm import (
   adagrad_sn,
   adam_sn,
@@ -103,6 +107,7 @@ __all__ = [
   'spam',
   'stable_spam',
   'state_bytes',
+  'state_categories',
   'state_shardings',
   'step_and_decay',
   'subspace_momentum',

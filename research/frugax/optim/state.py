@@ -44,28 +44,48 @@ def state_bytes(
     >>> sizes['projector'] == 2 * 64 * 16, sizes['moments'] == 2 * 2 * 16 * 256
     (True, True)
   """
-  paths = _Paths(params)
   sizes = dict.fromkeys(
     ('projector', 'gradients', 'moments', 'counters', 'other', 'total'), 0
   )
   state = jax.eval_shape(tx.init, params)
-  for path, leaf in jax.tree.leaves_with_path(state):
-    fields = {getattr(key, 'name', None) for key in path}
-    if fields & {'projectors', 'projector'}:
-      category = 'projector'
-    elif 'acc_grads' in fields:
-      category = 'gradients'
-    elif 'refreshes' in fields or (
-      leaf.ndim == 0 and jnp.issubdtype(leaf.dtype, jnp.integer)
-    ):
-      category = 'counters'
-    elif paths.find(path) is not None:
-      category = 'moments'
-    else:
-      category = 'other'
+  categories = state_categories(state, params)
+  for leaf, category in zip(jax.tree.leaves(state), categories, strict=True):
     sizes[category] += _bytes(leaf)
     sizes['total'] += _bytes(leaf)
   return sizes
+
+
+def state_categories(state: Any, params: Any) -> list[str]:
+  """The category of each leaf of an optimizer's state, see `state_bytes`.
+
+  Args:
+    state: real or abstract.
+    params: arrays or ShapeDtypeStructs.
+
+  Returns:
+    The names, in the order of `jax.tree.leaves(state)`.
+
+  Examples:
+    >>> params = {'w': jnp.zeros((64, 256))}
+    >>> state_categories(optax.adam(1e-3).init(params), params)
+    ['counters', 'moments', 'moments']
+  """
+  paths, found = _Paths(params), []
+  for path, leaf in jax.tree.leaves_with_path(state):
+    fields = {getattr(key, 'name', None) for key in path}
+    if fields & {'projectors', 'projector'}:
+      found.append('projector')
+    elif 'acc_grads' in fields:
+      found.append('gradients')
+    elif 'refreshes' in fields or (
+      leaf.ndim == 0 and jnp.issubdtype(leaf.dtype, jnp.integer)
+    ):
+      found.append('counters')
+    elif paths.find(path) is not None:
+      found.append('moments')
+    else:
+      found.append('other')
+  return found
 
 
 def parameter_bytes(

@@ -1,0 +1,278 @@
+"""The planner against the step that a run compiles, and its command line."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from frugax import config as fx_config
+from frugax.models import llama
+from frugax.plan import __main__ as command
+from frugax.plan import compile as fx_compile
+from frugax.plan import search, table, topologies
+from frugax.train import step
+
+_TINY = {
+  'model.n_layers': 3,
+  'model.dim': 32,
+  'model.ffn': 44,
+  'model.vocab_size': 64,
+  'data.sequence_length': 16,
+  'batch_size': 8,
+}
+_GALORE = {'optimizer.rank': 8, 'optimizer.projector': 'random'}
+
+
+def _arguments(arguments, **overrides):
+  return [
+    f'--config=configs/llama.py:size=tiny,{arguments}',
+    *(f'--config.{k}={v}' for k, v in {**_TINY, **overrides}.items()),
+  ]
+
+
+def _config(arguments='opt=adamw', **overrides):
+  argv = [*_arguments(arguments, **overrides), '--workdir=unused']
+  return fx_config.parse_command_line(argv, 'test')[0]
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+  return str(tmp_path_factory.mktemp('plans'))
+
+
+@pytest.fixture(scope='module')
+def galore(cache):
+  """A config, and its plan for eight devices."""
+  config = _config('opt=galore', mesh='fsdp=4,tensor=2', **_GALORE)
+  return config, fx_compile.plan(config, 'cpu:8', cache)
+
+
+def test_the_plan_is_what_the_run_compiles(galore):
+  config, plan = galore
+  program = step.build(config)
+  state = program.init(jax.random.PRNGKey(0))
+  ids = np.zeros((config.batch_size, 16), np.int32)
+  batch = program.put(dict.fromkeys(fx_compile.BATCH, ids))
+  with jax.set_mesh(program.layout.mesh):
+    compiled = program.train_step.lower(state, batch).compile()
+  memory = compiled.memory_analysis()
+  assert plan.arguments == memory.argument_size_in_bytes
+  assert plan.peak == memory.peak_memory_in_bytes
+  assert plan.temporaries['total'] == memory.temp_size_in_bytes
+  # What it says of the state is what lies there.
+  devices = jax.tree.map(lambda x: x.addressable_shards[0].data.nbytes, state)
+  assert sum(jax.tree.leaves(devices)) + sum(
+    x.addressable_shards[0].data.nbytes for x in batch.values()
+  ) == sum(plan.state.values())
+
+
+def test_the_parts_add_up(galore):
+  _, plan = galore
+  t = plan.temporaries
+  assert t['total'] == t['activations'] + t['gradients'] + t['rest']
+  parts = (plan.arguments, t['total'], plan.outputs, plan.code)
+  assert plan.needed == sum(parts)
+  assert plan.arguments == sum(plan.state.values())  # CPUs do not pad
+  assert plan.fits == (plan.needed <= plan.capacity)
+
+
+def test_the_layers_keep_activations(galore):
+  config, plan = galore
+  # At least the input of each layer, of a device's two rows of 16 tokens.
+  assert plan.temporaries['activations'] >= 4 * 3 * 2 * 16 * 32
+  more = search.changed(config, model__n_layers=6)
+  assert fx_compile.fingerprint(more, 'cpu:8') != fx_compile.fingerprint(
+    config, 'cpu:8'
+  )
+
+
+def test_a_kept_plan_is_the_same(galore, cache, monkeypatch):
+  config, plan = galore
+  monkeypatch.setattr(fx_compile, '_compile', None)  # not to be called
+  again = search.changed(config, seed=1, log__every=7)  # beside the program
+  assert fx_compile.plan(again, 'cpu:8', cache) == plan
+  with pytest.raises(TypeError):
+    fx_compile.plan(search.changed(config, clip_norm=0.5), 'cpu:8', cache)
+
+
+def test_products_are_those_of_the_model():
+  """6 N and attention, for each token, with the layers in a loop."""
+  config = _config()
+  plan = fx_compile.plan(config, 'cpu:1')
+  model = llama.config(**config.model.to_dict())
+  expected = llama.flops_per_token(model, 16) * config.batch_size * 16
+  assert sum(plan.flops.values()) == expected
+  assert fx_compile.model_flops(config, 1) == expected
+  assert plan.unknown == {'loops': 0, 'kernels': 0}
+
+
+@pytest.mark.skipif(
+  not importlib.util.find_spec('libtpu'), reason='needs the compiler of TPUs'
+)
+def test_a_plan_for_tpus(tpu_plan):
+  plan, config = tpu_plan
+  assert plan['devices'] == 4
+  assert plan['fits']
+  assert plan['capacity'] == int(15.75 * 2**30)
+  assert plan['arguments'] >= sum(plan['state'].values())
+  assert plan['arguments'] < plan['peak']
+  model = llama.config(**config.model.to_dict())
+  expected = llama.flops_per_token(model, 128) * config.batch_size * 128 / 4
+  assert sum(plan['flops'].values()) == pytest.approx(expected, rel=1e-3)
+  assert plan['unknown'] == {'loops': 0, 'kernels': 0}
+  assert plan['collectives']['all-gather']['count'] >= 7 * 3
+  assert plan['seconds']['step'] == max(plan['seconds'].values())
+
+
+@pytest.fixture(scope='module')
+def tpu_plan(tmp_path_factory):
+  """In a process of its own, which libtpu may end."""
+  overrides = {
+    'data.sequence_length': 128,
+    'model.dim': 128,
+    'model.n_heads': 2,
+    'model.n_kv_heads': 2,
+    'model.ffn': 256,
+    'model.vocab_size': 512,
+    'model.dtype': 'bfloat16',
+  }
+  done = subprocess.run(
+    [
+      *(sys.executable, '-m', 'frugax.plan', '--topology=v5e:2x2', '--json'),
+      *_arguments('opt=adamw', **overrides),
+      '--no_cache',
+    ],
+    capture_output=True,
+    text=True,
+    env=os.environ | {'XLA_FLAGS': ''},
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'compiling tiny' in done.stderr
+  return json.loads(done.stdout), _config(**overrides)
+
+
+def _run(capsys, *argv):
+  status = command.main([*argv])
+  return status, *capsys.readouterr()
+
+
+def test_the_command_prints_only_json(capsys, galore, cache):
+  _, plan = galore
+  status, out, err = _run(
+    capsys,
+    *_arguments('opt=galore', mesh='fsdp=4,tensor=2', **_GALORE),
+    *('--topology=cpu:8', '--json', f'--cache_dir={cache}'),
+  )
+  assert status == 0 and err == ''  # nothing was compiled
+  assert fx_compile.Plan.from_dict(json.loads(out)) == plan
+
+
+def test_the_command_prints_a_table(capsys, galore, cache):
+  status, out, _ = _run(
+    capsys,
+    *_arguments('opt=galore', mesh='fsdp=4,tensor=2', **_GALORE),
+    *('--topology=cpu:8', f'--cache_dir={cache}'),
+  )
+  assert status == 0
+  _, plan = galore
+  for text in ('optimizer moments', 'fits: ', table.size(plan.needed)):
+    assert text in out
+
+
+@pytest.mark.parametrize(
+  ('argv', 'message'),
+  [
+    (['--topology=v5e:3x3'], "unknown topology 'v5e:3x3': did you mean 'v5e:"),
+    (['--topology=v7e:2x2'], 'Valid: '),
+    (['--topology=cpu:0'], 'give 1 or more'),
+    (['--topology=cpu:99'], 'device_count=99'),
+    (['--topology=cpu:8', '--config.batch_size=4'], 'use a multiple of 8'),
+    (['--topology=cpu:8', '--config.bach_size=4'], "'batch_size'"),
+    (['--topology=cpu:8', '--bach=4'], 'unknown argument'),
+    (['--topology=cpu:8', '--compare', 'opt'], 'name=value'),
+    (['--topology=cpu:8', '--compare', 'opt=adamq'], 'adam'),
+    (
+      ['--topology=cpu:8', '--search=batch', '--compare', 'opt=adamw'],
+      'not both',
+    ),
+  ],
+)
+def test_errors_are_one_line(capsys, argv, message):
+  status, out, err = _run(capsys, *_arguments('opt=adamw'), *argv, '--no_cache')
+  assert status == 2
+  assert message in err and err.startswith('error: ')
+  assert len(err.splitlines()) == 1 and not out
+
+
+@pytest.mark.parametrize(
+  ('name', 'module', 'extra'),
+  [('v5e:2x2', 'libtpu', 'tpu'), ('h200', 'jax_plugins', 'cuda')],
+)
+def test_a_missing_compiler_names_its_extra(monkeypatch, name, module, extra):
+  find = importlib.util.find_spec
+  monkeypatch.setattr(
+    'importlib.util.find_spec',
+    lambda n: None if n.startswith(module) else find(n),
+  )
+  with pytest.raises(ValueError, match=rf'frugax\[{extra}\]'):
+    topologies.check(name)
+
+
+class _Fake:
+  """A planner for a memory that grows with the batch, and counts its calls."""
+
+  def __init__(self, plan, fixed, row, capacity):
+    self.plan, self.calls = plan, []
+    self.fixed, self.row, self.capacity = fixed, row, capacity
+
+  def __call__(self, config):
+    needed = self.fixed + self.row * config.batch_size
+    self.calls.append(config.batch_size)
+    return dataclasses.replace(self.plan, needed=needed, capacity=self.capacity)
+
+
+@pytest.mark.parametrize('capacity', [99, 100 + 8, 1000, 7777])
+def test_the_largest_batch_is_found(galore, capacity):
+  config, plan = galore  # batches are multiples of 4
+  fake = _Fake(plan, fixed=100, row=2, capacity=capacity)
+  tried, best = search.search('batch', config, 'cpu:8', fake)
+  largest = (capacity - 100) // 2 // 4 * 4
+  if largest < 4:
+    assert best is None
+  else:
+    # Exact up to a sixteenth; memory that is linear in rows is hit exactly.
+    assert best.config.batch_size == largest
+  assert len(fake.calls) == len(set(fake.calls)) == len(tried) <= 14
+
+
+def test_the_cheapest_policy_that_fits(galore):
+  config, plan = galore
+
+  def planner(config):
+    policy = config.model.remat
+    flops = {'none': 1.0, 'full': 3.0}.get(policy, 2.0)
+    needed = {'none': 900, 'dots': 500}.get(policy, 700 - 100 * flops)
+    return dataclasses.replace(
+      plan, needed=int(needed), capacity=600, flops={'float32': flops}
+    )
+
+  tried, best = search.search('remat', config, 'cpu:8', planner)
+  assert [t.name for t in tried] == [f'remat={p}' for p in llama.REMAT]
+  assert best.plan.flops == {'float32': 2.0}
+  assert best.plan.needed == 500
+
+
+def test_meshes_are_those_that_can_run():
+  config = _config()
+  found = search.meshes(config, 8)
+  assert 'fsdp=8' in found
+  assert 'fsdp=4,tensor=2' in found
+  assert 'tensor=8' not in found  # there are two heads of keys
+  for spec in found:
+    step.build(search.changed(config, mesh=spec), jax.devices()[:8])

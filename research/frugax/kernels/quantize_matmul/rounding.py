@@ -11,8 +11,8 @@ from frugax.quant import Scaling, elements
 
 # As in `frugax.quant.quantize_tiles`.
 _LARGEST = 2.0**126
-# A multiple of 2^8, so that the last 8 bits are the code's.
-OFFSET = 2**22
+# From 2^23 to 2^24 the float32 are the integers. In its last 8 bits it is zero.
+_MIDDLE = np.float32(1.5 * 2**23)
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 _STATISTICS = ('absmax', 'rms', 'mean')
 
@@ -107,18 +107,23 @@ class Rounding:
     """
     return not (self.invariant and self.sums)
 
+  @property
+  def offset(self) -> int:
+    """Of `codes` against the codes of integers: a multiple of 2^8."""
+    return -int(_MIDDLE.view(np.int32)) if self.shift else 2**22
+
   def codes(self, x: jax.Array) -> jax.Array:
-    """Of numbers over their scale: 8-bit floats, or int32 plus `OFFSET`."""
+    """Of numbers over their scale: 8-bit floats, or int32 plus `offset`."""
     top, half = self.element.top, self.shift
     # Not added below: XLA would add up both constants, and lose the half.
     x = jnp.clip(x + half if half else x, half - top, half + top)
     if not self.sums:
       return x.astype(self.dtype)
-    # From 2^23 to 2^24 the float32 are the integers, and a sum that lies there
-    # is rounded to the nearest of them, or the even one. Its last bits are the
-    # code's: a conversion to integers takes a TPU five operations.
-    bits = lax.bitcast_convert_type(x + (2.0**23 + OFFSET), jnp.int32)
-    codes = bits & jnp.int32(2**23 - 1)
+    # A sum that lies among the integers is rounded to the nearest of them, or
+    # the even one. Its last bits are the code's: a conversion to integers takes
+    # a TPU five operations.
+    if not half:
+      return lax.bitcast_convert_type(_MIDDLE + x, jnp.int32) & (2**23 - 1)
     # Mid-rise, what is half-way goes to the even multiple before a half is
-    # taken off: 0 to -1/2, whose code is -1.
-    return codes - 1 if half else codes
+    # taken off: 0 to -1/2, whose code is -1. All bits of -n turned are n - 1.
+    return ~lax.bitcast_convert_type(_MIDDLE - x, jnp.int32)

@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from frugax.kernels import blocks as tables
 from frugax.kernels import products
 from frugax.kernels.products import LAYOUTS
-from frugax.kernels.quantize_matmul.rounding import OFFSET, Rounding
+from frugax.kernels.quantize_matmul.rounding import Rounding
 from frugax.kernels.quantized_matmul.reference import scaled
 
 _TILE = 128
@@ -134,20 +134,19 @@ def quantize_matmul(
   outs = [jax.ShapeDtypeStruct(shape, dtype)]
   order = (lambda i, j: (j, i)) if plan.swapped else (lambda i, j: (i, j))
   out_specs = [pl.BlockSpec(block, lambda i, j, k: order(i, j))]
-  scratch = []
-  line = pl.BlockSpec(plan.at(bm, 1), lambda i, j, k: plan.at(i, 0))
+  line = [pltpu.VMEM(plan.at(bm, 1), jnp.float32)]
+  if rounding.sums:
+    line.append(pltpu.VMEM(plan.at(bm, 1), jnp.int32))
+  scratch = line
   if residuals:
     outs.append(jax.ShapeDtypeStruct(x.shape, rounding.dtype))
-    outs.append(jax.ShapeDtypeStruct(plan.at(m, 1), jnp.float32))
-    out_specs += [whole, line]
-    if rounding.sums:
-      outs.append(jax.ShapeDtypeStruct(plan.at(m, 1), jnp.int32))
-      out_specs.append(line)
+    out_specs.append(whole)
+    # Along the lanes, as XLA has vectors: it would have to copy columns.
+    for part in line:
+      outs.append(jax.ShapeDtypeStruct((1, m), part.dtype))
+      out_specs.append(pl.BlockSpec((1, bm), lambda i, j, k: (0, i)))
   else:
-    scratch.append(pltpu.VMEM(plan.block, rounding.dtype))
-    scratch.append(pltpu.VMEM(plan.at(bm, 1), jnp.float32))
-    if rounding.sums:
-      scratch.append(pltpu.VMEM(plan.at(bm, 1), jnp.int32))
+    scratch = [pltpu.VMEM(plan.block, rounding.dtype), *line]
   if steps > 1:
     kind = products.kind(rounding.dtype, w.dtype)
     scratch.append(pltpu.VMEM(block, products.sum_dtype(kind)))
@@ -166,10 +165,12 @@ def quantize_matmul(
     interpret=interpret,
     name=f'quantize_matmul_{rounding.format}_{layout}',
   )(*operands)
-  if residuals and plan.padded != size:
-    y, codes, *rest = got
-    got = (y, lax.slice_in_dim(codes, 0, size, axis=axis), *rest)
-  return tuple(got)
+  if not residuals:
+    return tuple(got)
+  y, codes, *line = got
+  if plan.padded != size:
+    codes = lax.slice_in_dim(codes, 0, size, axis=axis)
+  return (y, codes, *(part.reshape(plan.at(m, 1)) for part in line))
 
 
 def _w_spec(w_axis, bn, bk):
@@ -212,13 +213,18 @@ def _kernel(plan, x, w, *refs):
   fold = refs.pop(0) if plan.has_fold else None
   h = (refs.pop(0), refs.pop(0)) if plan.rounding.rotate else None
   ends = refs.pop(0) if plan.has_ends else None
-  out, codes, scales = refs.pop(0), refs.pop(0), refs.pop(0)
-  sums = refs.pop(0) if plan.rounding.sums else None
+  out, codes = refs.pop(0), refs.pop(0)
+
+  def line():
+    return refs.pop(0), refs.pop(0) if plan.rounding.sums else None
+
+  results = line() if plan.residuals else (None, None)
+  scales, sums = line()
   j, k = pl.program_id(1), pl.program_id(2)
 
   @pl.when((j == 0) & (k == 0))
   def _():
-    _quantize(plan, x, fold, h, codes, scales, sums)
+    _quantize(plan, x, fold, h, codes, (scales, sums), results)
 
   def product():
     at = (slice(None), slice(None))
@@ -255,8 +261,12 @@ def _kernel(plan, x, w, *refs):
     write(total[...])
 
 
-def _quantize(plan, x, fold, h, codes, scales, sums):
-  """All codes of a block of x, 128 rows at a time."""
+def _quantize(plan, x, fold, h, codes, line, results):
+  """All codes of a block of x, 128 rows at a time, and their scales and sums.
+
+  These are kept in the pair `line` for the products, and written out in the
+  pair `results` where it is not of None.
+  """
   rounding, axis = plan.rounding, plan.axis
   whole, rest = divmod(plan.size, _TILE)
   zeros = jnp.zeros(plan.at(_TILE, _TILE), jnp.float32)
@@ -290,7 +300,7 @@ def _quantize(plan, x, fold, h, codes, scales, sums):
       return rounding.gather(seen, v.astype(jnp.float32))
 
     scale = rounding.finish(each(gather, zeros), axis, plan.size)
-    scales[here] = scale
+    line[0][here] = scale
     inverse = 1 / scale
     # The norm of whole blocks is one number, and the scale takes it along.
     inverses = [inverse, inverse]
@@ -307,7 +317,7 @@ def _quantize(plan, x, fold, h, codes, scales, sums):
       q = rounding.codes(v)
       if part:
         place = lax.broadcasted_iota(jnp.int32, q.shape, axis)
-        zero = jnp.full_like(q, OFFSET if rounding.sums else 0)
+        zero = jnp.full_like(q, rounding.offset if rounding.sums else 0)
         q = jnp.where(place < rest, q, zero)
       codes[plan.at(pl.ds(r, _TILE), pl.ds(c, _TILE))] = q.astype(codes.dtype)
       return total + q if rounding.sums else total
@@ -317,16 +327,36 @@ def _quantize(plan, x, fold, h, codes, scales, sums):
     total = each(write, zeros.astype(jnp.int32))
     if rounding.sums:
       tiles = whole + bool(rest)
-      total = total - np.int32(np.int64(tiles * OFFSET).astype(np.int32))
+      total = total - np.int32(
+        np.int64(tiles * rounding.offset).astype(np.int32)
+      )
       total = total.astype(jnp.float32).sum(axis, keepdims=True)
-      sums[here] = total.astype(jnp.int32)
+      line[1][here] = total.astype(jnp.int32)
     return 0
 
   lax.fori_loop(0, plan.rows // _TILE, some_rows, 0)
+  for kept, result in zip(line, results, strict=True):
+    if result is not None:
+      result[...] = _flat(kept[...], axis).astype(result.dtype)
   filled = (whole + bool(rest)) * _TILE
   if filled < plan.padded:
     at = plan.at(slice(None), slice(filled, plan.padded))
     codes[at] = jnp.zeros(codes[at].shape, codes.dtype)
+
+
+def _flat(x, axis):
+  """Numbers of rows along the lanes, exact if they are in float32."""
+  if axis == 0:
+    return x
+  # Each 128 rows become a column of one square, which is transposed.
+  lane = lax.broadcasted_iota(jnp.int32, (_TILE, _TILE), 1)
+  square = jnp.zeros((_TILE, _TILE), jnp.float32)
+  count = len(x) // _TILE
+  for n in range(count):
+    part = x[n * _TILE : (n + 1) * _TILE].astype(jnp.float32)
+    square = jnp.where(lane == n, part, square)
+  square = square.T
+  return jnp.concatenate([square[n : n + 1] for n in range(count)], 1)
 
 
 def _unroll(count):

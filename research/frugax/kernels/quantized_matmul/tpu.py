@@ -10,7 +10,9 @@ from jax.experimental.pallas import tpu as pltpu
 from frugax.kernels import blocks as tables
 from frugax.kernels import products
 from frugax.kernels.products import LAYOUTS
-from frugax.kernels.quantized_matmul.reference import scaled
+from frugax.kernels.quantized_matmul.reference import rescaled
+
+_TILE = 128
 
 
 def quantized_matmul(
@@ -56,8 +58,9 @@ def quantized_matmul(
   b = products.pad(b, axes[1], bk * k_count)
   operands, specs = [a, b], list(_operand_specs(layout, bm, bn, bk))
   if rows is not None:
-    operands.append(rows)
-    specs.append(pl.BlockSpec((bm, rows.shape[1]), lambda i, j, k: (i, 0)))
+    # Along the lanes, as XLA has vectors: it would have to copy columns.
+    operands.append(rows.T)
+    specs.append(pl.BlockSpec((rows.shape[1], bm), lambda i, j, k: (0, i)))
   if columns is not None:
     operands.append(columns)
     specs.append(pl.BlockSpec((columns.shape[0], bn), lambda i, j, k: (0, j)))
@@ -105,11 +108,13 @@ def _kernel(axes, k_count, has_rows, has_columns, interpret, a, b, *refs):
     return products.dot(a[...], b[...], axes, interpret)
 
   def write(y):
-    y = scaled(
-      y.astype(jnp.float32),
-      None if rows is None else rows[...],
-      None if columns is None else columns[...],
-    )
+    scales, terms = [], []
+    for n, found in enumerate((scales, terms)):
+      if rows is not None and n < rows.shape[0]:
+        found.append(_column(rows[n : n + 1]))
+      if columns is not None and n < columns.shape[0]:
+        found.append(columns[n : n + 1])
+    y = rescaled(y.astype(jnp.float32), terms, scales)
     out[...] = y.astype(out.dtype)
 
   if k_count == 1:
@@ -127,3 +132,12 @@ def _kernel(axes, k_count, has_rows, has_columns, interpret, a, b, *refs):
   @pl.when(k == k_count - 1)
   def _():
     write(sums[...])
+
+
+def _column(row):
+  """A row of numbers as a column, by transposing squares."""
+  squares = [
+    jnp.broadcast_to(row[:, start : start + _TILE], (_TILE, _TILE)).T[:, :1]
+    for start in range(0, row.shape[1], _TILE)
+  ]
+  return jnp.concatenate(squares, 0)

@@ -306,3 +306,27 @@ def test_parts_cover_the_vocabulary():
       assert 0 < size <= 2048 and (size == vocabulary or size % 128 == 0)
       parts = -(-vocabulary // size)
       assert parts == 1 or parts * size - vocabulary < 128 * parts
+
+
+@pytest.mark.parametrize(
+  ('device_kind', 'dtype', 'kernel'),
+  [
+    ('TPU v5 lite', 'bfloat16', True),
+    ('TPU7x', 'bfloat16', True),
+    ('TPU v6 lite', 'float32', False),
+    ('NVIDIA H200', 'bfloat16', False),
+  ],
+)
+def test_the_chip_decides(device_kind, dtype, kernel):
+  device = jax.sharding.AbstractDevice(
+    device_kind=device_kind,
+    num_cores=1,
+    platform='tpu' if device_kind.startswith('TPU') else 'gpu',
+  )
+  abstract = jax.sharding.AbstractMesh((1,), ('x',), abstract_device=device)
+  x, w, labels = data(8, 16, 8)
+  with jax.sharding.use_abstract_mesh(abstract):
+    traced = jax.jit(kernels.linear_cross_entropy).trace(
+      x.astype(dtype), w.astype(dtype), labels
+    )
+  assert ('pallas_call' in str(traced.jaxpr)) == kernel

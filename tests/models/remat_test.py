@@ -1,6 +1,10 @@
 """Remat policies: the same gradients, other memory."""
 
 import functools
+import os
+import platform
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -99,3 +103,78 @@ def test_linears_are_kept_whatever_computes_them():
     return lowered.as_text().count('xi8>')
 
   assert count('linears') == count('none') < count('full')
+
+
+@pytest.mark.parametrize(('remat', 'there'), [('offload', 1), ('linears', 0)])
+def test_offload_is_asked_for_in_the_program(remat, there):
+  """CPUs ignore it: they have no other memory."""
+  model = llama.Llama(llama.config('tiny', remat=remat))
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+  jaxpr = jax.make_jaxpr(jax.grad(lambda p, t: model.apply(p, t).sum()))
+  assert ('<host>' in str(jaxpr(params, tokens))) == there
+
+
+OFFLOAD = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from frugax.models import llama
+
+topology = topologies.get_topology_desc(
+  platform='tpu', topology_name='v5e:2x2'
+)
+mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ('x',))
+whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+for remat in ('linears', 'offload'):
+  model = llama.Llama(
+    llama.config('tiny', remat=remat, n_layers=12, dim=256, dtype='bfloat16')
+  )
+  params, tokens = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+    (
+      jax.eval_shape(model.init, jax.random.key(0)),
+      jax.ShapeDtypeStruct((2, 2048), jnp.int32),
+    ),
+  )
+  loss = lambda p, t: model.apply(p, t, labels=t)[0].sum()
+  with jax.set_mesh(mesh):
+    compiled = jax.jit(jax.grad(loss)).lower(params, tokens).compile()
+  memory = compiled.memory_analysis()
+  print(
+    memory.temp_size_in_bytes,
+    memory.host_temp_size_in_bytes,
+    'S(5)' in compiled.as_text(),
+  )
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  (sys.platform, platform.machine()) != ('linux', 'x86_64'),
+  reason='libtpu exists for Linux on x86-64 alone',
+)
+def test_offload_moves_the_linears_to_the_host_of_a_tpu():
+  """By its compiler, which calls pinned host memory S(5)."""
+  environment = os.environ | {
+    'TPU_SKIP_MDS_QUERY': '1',
+    'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
+    'TPU_WORKER_HOSTNAMES': 'localhost',
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+    'TPU_LOG_DIR': 'disabled',
+    'TPU_MIN_LOG_LEVEL': '3',
+    'TPU_STDERR_LOG_LEVEL': '3',
+  }
+  done = subprocess.run(
+    [sys.executable, '-c', OFFLOAD],
+    env=environment,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  kept, offloaded = (line.split() for line in done.stdout.splitlines())
+  # q, k, v, o, gate and up, in bfloat16; what down gives is only added.
+  numbers = 256 + 2 * 128 + 256 + 2 * 352
+  linears = 12 * 2 * 2048 * numbers * 2
+  assert kept[1:] == ['0', 'False'] and offloaded[2] == 'True'
+  assert int(offloaded[1]) == linears
+  assert int(kept[0]) - int(offloaded[0]) > 0.5 * linears

@@ -11,7 +11,15 @@ from frugax import lowbit, names
 DTYPES = ('float32', 'bfloat16', 'float16')
 
 # What the backward pass of a layer finds in memory; all else is recomputed.
-REMAT = ('none', 'inputs', 'full', 'dots', 'dots_no_batch', 'linears')
+REMAT = (
+  'none',
+  'inputs',
+  'full',
+  'dots',
+  'dots_no_batch',
+  'linears',
+  'offload',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +54,9 @@ class LlamaConfig:
       but no linear; 'full' keeps the layer's input alone; 'dots' keeps the
       results of matmuls; 'dots_no_batch' those of matmuls without batch axes,
       so the linears but not the attention scores; 'linears' the outputs of the
-      linears whatever `dot_general` computes them, and in its dtype. Low-bit
-      recipes save memory under 'none' and 'inputs'.
+      linears whatever `dot_general` computes them, and in its dtype; 'offload'
+      these in the pinned memory of the host, and on the device the layers'
+      inputs alone. Low-bit recipes save memory under 'none' and 'inputs'.
     matmul: low-bit recipe of the seven linears of a layer, a name that
       `frugax.lowbit.recipe` knows; 'none' computes them in `dtype`.
     matmul_rules: (regular expression, recipe) pairs: a linear has the recipe of

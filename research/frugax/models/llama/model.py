@@ -16,16 +16,10 @@ from frugax.models.llama.axes import axes
 from frugax.models.llama.config import LlamaConfig
 from frugax.models.llama.inputs import check
 from frugax.models.llama.linears import Linears, rounding_key
+from frugax.models.llama.remat import POLICIES
 from frugax.models.llama.rotary import rotate
 
 Params = dict
-
-_POLICIES = {
-  'full': jax.checkpoint_policies.nothing_saveable,
-  'dots': jax.checkpoint_policies.checkpoint_dots,
-  'dots_no_batch': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-  'linears': jax.checkpoint_policies.save_only_these_names(linears.SAVED),
-}
 
 
 def _operation(function, key=None):
@@ -305,9 +299,9 @@ class Llama:
         )
         return x_BxTxD, None
 
-      if self.config.remat in _POLICIES:
+      if self.config.remat in POLICIES:
         # A scan's body cannot be merged with its forward: no need to forbid it.
-        policy = _POLICIES[self.config.remat]
+        policy = POLICIES[self.config.remat]
         layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
       return lax.scan(layer, x_BxTxD, layers)[0]
 

@@ -84,8 +84,7 @@ def test_slots_are_spread_evenly(heights, interval):
   leaves = [
     refreshes.Leaf((), (h, 2, 2), spec, layers=h, stacked=True) for h in heights
   ]
-  plan = refreshes.Plan(refreshes.staggered, interval, None, leaves, [])
-  slots = np.concatenate([c.slots for c in plan.clocks(0).values()])
+  slots = np.concatenate(refreshes.init(refreshes.staggered, interval, leaves))
   assert slots.min() >= 0 and slots.max() < interval
   assert np.bincount(slots).max() <= math.ceil(len(slots) / interval)
 
@@ -204,7 +203,7 @@ def test_only_the_signed_cosine_depends_on_signs(similarity, same):
 
 
 def test_intervals_do_not_overflow():
-  memory = refreshes.lazy().init(1, 2**30)
+  memory = refreshes.lazy().init([0], 2**30)
   memory = memory._replace(refreshes=jnp.array([9]))
   memory = memory._replace(similarities=jnp.ones((1, 5)))
   turn = refreshes.moments_lib.Turn(jnp.eye(3), jnp.eye(3), jnp.int32(1))

@@ -9,7 +9,7 @@ from frugax import names, quant
 from frugax.optim.adam import wide
 from frugax.optim.axes import path_name
 from frugax.optim.leaves import Leaf, seed
-from frugax.quant.rounding import round_stochastic
+from frugax.quant.rounding import random_bits, round_stochastic
 
 ROUNDINGS = ('nearest', 'stochastic')
 # What a sum in float32 can be rounded to without bias, beside int4 and int8.
@@ -21,6 +21,7 @@ def apply_updates(
   updates: Any,
   key: jax.Array | int | None = None,
   rounding: str = 'stochastic',
+  layer: tuple[jax.typing.ArrayLike, int] | None = None,
 ) -> Any:
   r"""Adds updates to parameters that are rounded without bias.
 
@@ -46,6 +47,8 @@ def apply_updates(
       that they are the same on any mesh. Not used by rounding='nearest'.
     rounding: 'stochastic', or 'nearest', which is `optax.apply_updates`, for
       QTensors too.
+    layer: (i, n): the arrays are item i of stacks of n, with a first axis of
+      size 1, and are rounded as they would be there.
 
   Returns:
     The new parameters, of the structure and the dtypes of the old ones.
@@ -93,7 +96,7 @@ def apply_updates(
     leaf_key = None
     if key is not None:
       leaf_key = jax.random.fold_in(key, Leaf(path, p.shape, None).hash())
-    return _add(path, p, u, leaf_key)
+    return _add(path, p, u, leaf_key, layer)
 
   return jax.tree.map_with_path(
     one,
@@ -103,7 +106,7 @@ def apply_updates(
   )
 
 
-def _add(path, p, u, key):
+def _add(path, p, u, key, layer):
   if isinstance(p, quant.QTensor):
     return _add_quantised(p, jnp.broadcast_to(u, p.shape), key)
   if key is None or not jnp.issubdtype(p.dtype, jnp.floating):
@@ -115,6 +118,9 @@ def _add(path, p, u, key):
     )
   if p.dtype != jnp.bfloat16:
     return (p + u).astype(p.dtype)
+  if layer:
+    stack = (layer[1], *p.shape[1:])
+    key = random_bits(key, stack, rows=(layer[0], 1))
   return round_stochastic(wide(p) + wide(u), key)
 
 

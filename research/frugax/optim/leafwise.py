@@ -14,7 +14,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 
 # Each element of the result comes from the same element of the operands.
-_ELEMENTWISE = frozenset(
+ELEMENTWISE = frozenset(
   getattr(jax.lax, f'{name}_p').name
   for name in (
     ['abs', 'add', 'and', 'cbrt', 'ceil', 'clamp', 'convert_element_type']
@@ -145,11 +145,11 @@ class Program:
       return value in known
 
     for step in self._needed(outputs):
-      if step.name not in _ELEMENTWISE | _SPREADING:
+      if step.name not in ELEMENTWISE | _SPREADING:
         return False
       if all(among(value, uniform) for value in step.inputs):
         uniform.update(step.outputs)
-      elif step.name in _ELEMENTWISE and all(
+      elif step.name in ELEMENTWISE and all(
         among(value, uniform | alike) for value in step.inputs
       ):
         alike.update(step.outputs)

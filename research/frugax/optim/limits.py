@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from frugax.optim.adam import wide
-from frugax.optim.axes import MatrixAxes, as_matrix, from_matrix, resolve
+from frugax.optim.axes import (
+  MatrixAxes,
+  as_matrix,
+  from_matrix,
+  layer_axes,
+  resolve,
+)
 
 
 def limit_growth(
@@ -123,7 +129,7 @@ def limit_norm_growth(
 def matrices(
   tree: Any, axes: Any | Callable[[Any], Any] | None
 ) -> tuple[list[jax.Array], Any, list[MatrixAxes | None]]:
-  """Each leaf as a stack of matrices; one without matrix axes as a column.
+  """Each leaf as a stack of matrices; a layer without matrix axes as a column.
 
   Args:
     tree: arrays.
@@ -134,10 +140,13 @@ def matrices(
   """
   found, treedef = jax.tree.flatten(tree)
   specs = resolve(tree, axes)
-  stacks = [
-    x.reshape(-1, 1) if spec is None else as_matrix(x, spec)
-    for x, spec in zip(found, specs, strict=True)
-  ]
+  stacks = []
+  for x, spec, layer in zip(found, specs, layer_axes(tree, axes), strict=True):
+    if spec is None:
+      height = min(layer, default=0)  # batch axes of its names come first
+      stacks.append(x.reshape(*x.shape[:height], -1, 1))
+    else:
+      stacks.append(as_matrix(x, spec))
   return stacks, treedef, specs
 
 

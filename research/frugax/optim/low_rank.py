@@ -193,6 +193,8 @@ def low_rank(
     inner_state = inner.init(init_small(leaves, arrays, treedef))
     find_moments(leaves, inner_state)  # Refuses early.
 
+    clocks = refreshes_lib.init(schedule, update_interval, leaves)
+
     def tree(one):
       return treedef.unflatten(
         one(leaf, x) if leaf.axes else optax.MaskedNode()
@@ -206,8 +208,9 @@ def low_rank(
       residuals=tree(
         lambda leaf, x: residual.init(matrix_shape(x.shape, leaf.axes), x.dtype)
       ),
-      refreshes=tree(
-        lambda leaf, x: schedule.init(leaf.layers, update_interval)
+      refreshes=treedef.unflatten(
+        clock if leaf.axes else optax.MaskedNode()
+        for leaf, clock in zip(leaves, clocks, strict=True)
       ),
     )
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from frugax import names
 from frugax.optim import moments as moments_lib
+from frugax.optim.dependence import only_saves_work
 from frugax.optim.leaves import Leaf
 from frugax.optim.projection import Context
 
@@ -28,20 +29,21 @@ class Clock(NamedTuple):
   Attributes:
     count: updates before this one, an int32 scalar.
     interval: `update_interval` of `low_rank`.
-    slots: for each layer of the leaf the step of the interval that is its own,
-      int32 (layers,); all matrices of a tree spread evenly over the interval.
+    layers: how many the leaf has.
   """
 
   count: jax.Array
   interval: int
-  slots: np.ndarray
+  layers: int
 
 
 class Schedule(NamedTuple):
   """When to refresh. Everything must be due at count 0: there is no basis yet.
 
   Attributes:
-    init: `(layers, interval) -> memory`, arrays (layers, ...) or () for none.
+    init: `(slots, interval) -> memory`, arrays (layers, ...) or () for none;
+      slots, int32 (layers,), are the steps of the interval that are the layers'
+      own, over which all those of a tree are spread evenly.
     due: `(clock, memory) -> bool (layers,)`.
     number: `(clock, memory) -> int32 (layers,)`, refreshes before this one.
     after: `(memory, turns) -> memory` of one layer that was refreshed, given
@@ -50,7 +52,7 @@ class Schedule(NamedTuple):
     together: whether all layers of all leaves are due at the same steps.
   """
 
-  init: Callable[[int, int], Any]
+  init: Callable[[np.ndarray, int], Any]
   due: Callable[[Clock, Any], jax.Array]
   number: Callable[[Clock, Any], jax.Array]
   after: Callable[[Any, tuple[moments_lib.Turn, ...]], Any] | None = None
@@ -58,24 +60,25 @@ class Schedule(NamedTuple):
 
 
 together = Schedule(
-  init=lambda layers, interval: (),
+  init=lambda slots, interval: (),
   due=lambda clock, memory: jnp.broadcast_to(
-    clock.count % clock.interval == 0, clock.slots.shape
+    clock.count % clock.interval == 0, clock.layers
   ),
   number=lambda clock, memory: jnp.broadcast_to(
-    clock.count // clock.interval, clock.slots.shape
+    clock.count // clock.interval, clock.layers
   ),
   together=True,
 )
 
 staggered = Schedule(
-  init=lambda layers, interval: (),
-  due=lambda clock, memory: (
-    (clock.count == 0) | (clock.count % clock.interval == clock.slots)
+  # Remembered, so that one layer can be updated without the others.
+  init=lambda slots, interval: jnp.asarray(slots),
+  due=lambda clock, slots: (
+    (clock.count == 0) | (clock.count % clock.interval == slots)
   ),
   # A layer of slot 3 is refreshed at 0, 3, n + 3, 2n + 3 ...
-  number=lambda clock, memory: (
-    clock.count // clock.interval + ((clock.count > 0) & (clock.slots > 0))
+  number=lambda clock, slots: (
+    clock.count // clock.interval + ((clock.count > 0) & (slots > 0))
   ),
 )
 
@@ -145,7 +148,7 @@ def lazy(
     ValueError: an unknown similarity, or a window below 1.
 
   Examples:
-    >>> memory = lazy().init(layers=24, interval=200)
+    >>> memory = lazy().init(slots=range(24), interval=200)
     >>> memory.interval.shape, memory.similarities.shape
     ((24,), (24, 5))
 
@@ -159,7 +162,8 @@ def lazy(
     raise ValueError(f'window={window!r}: give an int of at least 1')
   measure = SIMILARITIES[similarity]
 
-  def init(layers, interval):
+  def init(slots, interval):
+    layers = len(slots)
     return LazyMemory(
       interval=jnp.full(layers, interval, jnp.int32),
       refreshes=jnp.zeros(layers, jnp.int32),
@@ -229,17 +233,26 @@ class Plan(NamedTuple):
 
   def clocks(self, count: jax.Array) -> dict[int, Clock]:
     """The clock of each projected leaf."""
-    heights = {
-      i: leaf.layers for i, leaf in enumerate(self.leaves) if leaf.axes
+    return {
+      i: Clock(count, self.interval, leaf.layers)
+      for i, leaf in enumerate(self.leaves)
+      if leaf.axes
     }
-    total = sum(heights.values())
-    clocks, before = {}, 0
-    for i, layers in heights.items():
-      place = np.arange(before, before + layers)
-      slots = (place * self.interval // total).astype(np.int32)
-      clocks[i] = Clock(count, self.interval, slots)
-      before += layers
-    return clocks
+
+
+def init(schedule: Schedule, interval: int, leaves: list[Leaf]) -> list[Any]:
+  """What a schedule remembers of each leaf; None for one left whole."""
+  total = sum(leaf.layers for leaf in leaves if leaf.axes)
+  memories, before = [], 0
+  for leaf in leaves:
+    if not leaf.axes:
+      memories.append(None)
+      continue
+    places = np.arange(before, before + leaf.layers)
+    slots = (places * interval // total).astype(np.int32)
+    memories.append(schedule.init(slots, interval))
+    before += leaf.layers
+  return memories
 
 
 class Changing(NamedTuple):
@@ -313,6 +326,7 @@ def run(
       ),
       False,
     )
+  due = only_saves_work(due)  # Within it each layer looks at its own clock.
   # One predicate and one cond for the whole tree, never inside a vmap. Outside
   # of a cond the loops would have a TPU lay out the gradients as suits them.
   new = jax.lax.cond(due, refresh, lambda same: same, old)

@@ -9,6 +9,7 @@ import optax
 
 from frugax.optim.adam import wide
 from frugax.optim.axes import layer_axes
+from frugax.optim.dependence import only_saves_work
 
 
 def sgd_sai(
@@ -154,7 +155,10 @@ def scale_by_sai(
     unknown = [jnp.any(ratio == 0) for ratio in ratios]
     if ratios:
       ratios = jax.lax.cond(
-        jnp.any(jnp.stack(unknown)), measured, lambda same: same, ratios
+        only_saves_work(jnp.any(jnp.stack(unknown))),
+        measured,
+        lambda same: same,
+        ratios,
       )
     first = state.count == 0
     mu = jax.tree.map(

@@ -137,13 +137,13 @@ def snsm(
 
 # The released code counts from 1, and refreshes at the first step besides.
 _BEFORE_MULTIPLES = Schedule(
-  init=lambda layers, interval: (),
+  init=lambda slots, interval: (),
   due=lambda clock, memory: jnp.broadcast_to(
     (clock.count == 0) | ((clock.count + 1) % clock.interval == 0),
-    clock.slots.shape,
+    clock.layers,
   ),
   number=lambda clock, memory: jnp.broadcast_to(
-    (clock.count + 1) // clock.interval, clock.slots.shape
+    (clock.count + 1) // clock.interval, clock.layers
   ),
 )
 

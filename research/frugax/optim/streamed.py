@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from frugax.optim import leafwise
+from frugax.optim.dependence import only_saves_work
 from frugax.quant.codecs import Codec, Coded, decode, encode
 from frugax.quant.rounding import random_bits
 
@@ -201,7 +202,8 @@ def _step(program, spots, shared, key, places, own, shape=None, rows=None):
 def _there(arrays):
   """True, but XLA cannot tell before these arrays are there."""
   first = jnp.ravel(jax.tree.leaves(arrays)[0])[0]
-  return jnp.isnan(first.astype(jnp.float32)).astype(jnp.int32) >= 0
+  true = jnp.isnan(first.astype(jnp.float32)).astype(jnp.int32) >= 0
+  return only_saves_work(true)
 
 
 def _copy(arrays, after):

@@ -231,7 +231,8 @@ def make_optimizer(
     try:
       tx = make(schedule, **known)
       if 'state_codec' in section:
-        tx = optim.quantize_state(tx, section['state_codec'])
+        stacks = _axes(config, params, axes)
+        tx = optim.quantize_state(tx, section['state_codec'], axes=stacks)
       # Traced once here, where an argument of the wrong type can be named.
       state = jax.eval_shape(tx.init, params)
       extra = {'value': jnp.zeros([]), 'key': jax.random.PRNGKey(0)}
@@ -278,23 +279,28 @@ def _defaults(config, params, axes, valid) -> dict[str, Any]:
   for name in ('mask', 'weight_decay_mask'):
     if name in valid:
       arguments[name] = _matches(config.decayed, params, 'decayed')
+  if 'axes' in valid:
+    arguments['axes'] = _axes(config, params, axes)
   projected = _matches(config.projected, params, 'projected')
   matrices = jax.tree.map(
     lambda hit, a: a if hit else None, projected, optim.matrix_axes(axes)
   )
-  if 'axes' in valid:
-    # The names tell what is a stack where there is no matrix to tell it.
-    arguments['axes'] = jax.tree.map(
-      lambda hit, a, own: a if hit and a else own,
-      projected,
-      optim.matrix_axes(axes),
-      axes,
-    )
   if 'muon_weight_dimension_numbers' in valid:
     arguments['muon_weight_dimension_numbers'] = jax.tree.map(
       lambda a: optax.contrib.MuonDimensionNumbers(a.rows, a.cols), matrices
     )
   return arguments
+
+
+def _axes(config, params, axes):
+  """The matrix axes of what is projected, else the names of the axes."""
+  # The names tell what is a stack where there is no matrix to tell it.
+  return jax.tree.map(
+    lambda hit, a, own: a if hit and a else own,
+    _matches(config.projected, params, 'projected'),
+    optim.matrix_axes(axes),
+    axes,
+  )
 
 
 def _matches(pattern: str, params, what: str):

@@ -45,6 +45,13 @@ _OPTIMIZERS = {
     'projector': 'sketch',  # the authors' svd gathers sharded gradients
     'weight_decay': 0.0,
   },
+  'q_galore': {
+    'learning_rate': 1e-2,
+    'rank': 128,
+    'update_interval': 200,
+    'scale': 0.25,
+    'projector': 'sketch',
+  },
   'adam_sn': {'learning_rate': 5e-2},
   'snsm': {'learning_rate': 5e-2, 'rank': 128, 'update_interval': 100},
 }
@@ -92,6 +99,13 @@ def get_config(arg=None):
   c.batch_size = batch_size  # sequences a step, over all devices
   c.accumulation = 1  # micro-batches that a step's gradient is summed over
   c.mesh = 'fsdp=-1'  # data, fsdp, tensor, context; -1: all that is left
+  # ordinary, or layerwise: each layer is updated inside of the backward pass
+  # and its gradient dropped.
+  c.step = 'ordinary'
+  c.layerwise = ConfigDict()
+  # What clip_norm bounds: global, by a second backward pass; or layer, the norm
+  # of each layer's gradient.
+  c.layerwise.clip = 'global'
   c.clip_norm = 1.0  # global norm of the gradient; 0: no clipping
   c.z_loss = 0.0
   c.compat_eval = False  # also log the published harness's N/(N+1) value
@@ -118,7 +132,7 @@ def get_config(arg=None):
   c.optimizer.name = args.opt  # of frugax.optim, optax or optax.contrib
   if 'rank' in c.optimizer:
     c.optimizer.rank = rank
-  if tiny and args.opt == 'galore':
+  if tiny and args.opt in ('galore', 'q_galore'):
     c.optimizer.learning_rate = 2e-2  # better than 1e-2 in a short comparison
   c.schedule = ConfigDict()  # open: any argument of the named schedule
   c.schedule.name = 'cosine'  # constant, linear, wsd, infinite, rewarm

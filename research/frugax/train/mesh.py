@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -338,3 +339,26 @@ def _arrange(shape: tuple[int, ...], devices: Sequence[jax.Device]):
   return mesh_utils.create_hybrid_device_mesh(
     inner, outer, devices, allow_split_physical_axes=True
   )
+
+
+def micro_batches(
+  batch: dict[str, jax.Array], accumulation: int
+) -> dict[str, jax.Array]:
+  """The batch with a leading axis of so many micro-batches.
+
+  Raises:
+    ValueError: they do not divide it.
+  """
+  rows = batch['tokens'].shape[0]
+  if rows % accumulation:
+    raise ValueError(
+      f'accumulation {accumulation} does not divide the batch of {rows}'
+    )
+
+  # Row i goes to micro-batch i % accumulation: each device cuts its own rows
+  # and none travels.
+  def split(x):
+    x = x.reshape(rows // accumulation, accumulation, *x.shape[1:])
+    return jnp.moveaxis(x, 1, 0)
+
+  return jax.tree.map(split, batch)

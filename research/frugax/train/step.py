@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from frugax import lowbit, optim
+from frugax import lowbit, names, optim
 from frugax.models import llama, losses
 from frugax.train import mesh as fx_mesh
 from frugax.train import optimizer as fx_optimizer
@@ -96,17 +96,6 @@ def make_train_step(
   def gradient(params, stored, batch, n_tokens, key):
     if accumulation == 1:
       return grad_fn(params, stored, batch, n_tokens, key)
-    rows = batch['tokens'].shape[0]
-    if rows % accumulation:
-      raise ValueError(
-        f'accumulation {accumulation} does not divide the batch of {rows}'
-      )
-
-    # Row i goes to micro-batch i % accumulation: each device cuts its own
-    # rows and none travels.
-    def split(x):
-      x = x.reshape(rows // accumulation, accumulation, *x.shape[1:])
-      return jnp.moveaxis(x, 1, 0)
 
     def body(total, part):
       micro, key = part
@@ -118,7 +107,10 @@ def make_train_step(
     (grads, loss), _ = jax.lax.scan(
       body,
       (zeros, jnp.zeros([])),
-      (jax.tree.map(split, batch), jax.random.split(key, accumulation)),
+      (
+        fx_mesh.micro_batches(batch, accumulation),
+        jax.random.split(key, accumulation),
+      ),
     )
     return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), loss
 
@@ -246,6 +238,12 @@ class Program:
     return jax.tree.map(place, batch)
 
 
+STEPS = ('ordinary', 'layerwise')
+_OPTIONS = (
+  *('accumulation', 'clip_norm', 'z_loss', 'skip_nonfinite', 'rounding'),
+)
+
+
 def build(config, devices: Sequence[jax.Device] | None = None) -> Program:
   """Makes the program of a run. Nothing is compiled or allocated yet.
 
@@ -260,6 +258,8 @@ def build(config, devices: Sequence[jax.Device] | None = None) -> Program:
     ValueError: a config that cannot run.
   """
   layout = fx_mesh.make_layout(config.mesh, devices)
+  if config.step not in STEPS:
+    raise names.unknown('step', config.step, STEPS)
   for name in ('steps', 'batch_size', 'accumulation'):
     if config[name] < 1:
       raise ValueError(f'{name} must be 1 or more, got {config[name]}')
@@ -296,16 +296,15 @@ def build(config, devices: Sequence[jax.Device] | None = None) -> Program:
     key=whole,
     skipped=whole,
   )
-  train_step = make_train_step(
-    model,
-    tx,
-    schedule,
-    accumulation=config.accumulation,
-    clip_norm=config.clip_norm,
-    z_loss=config.z_loss,
-    skip_nonfinite=config.skip_nonfinite,
-    rounding=config.rounding,
-  )
+  options = {name: config[name] for name in _OPTIONS}
+  if config.step == 'layerwise':
+    from frugax.train import layerwise  # imports this file
+
+    train_step = layerwise.make(
+      config, model, tx, shapes, params, schedule, **options
+    )
+  else:
+    train_step = make_train_step(model, tx, schedule, **options)
   return Program(
     layout=layout,
     model=model,

@@ -308,17 +308,21 @@ class Llama:
     x_BxTxD = self.embed(params, tokens_BxT)
     layer_keys, head_key = linears.rounding_keys(self.config, key)
     layers = params['layers'], layer_keys
+    for start, stop, index in self.segments():
+      part = jax.tree.map(lambda p: p[start:stop], layers)  # noqa: B023
+      x_BxTxD = walk(x_BxTxD, part, index)
+    if labels is not None:
+      return self.head_losses(params, x_BxTxD, labels, head_key)
+    return self.head(params, x_BxTxD, head_key)
+
+  def segments(self) -> list[tuple[int, int, int | None]]:
+    """Runs of layers that compute alike: first, end and `index` of `block`."""
     first, last = self._exempt
     ends = (0, first, self.config.n_layers - last, self.config.n_layers)
     if first >= ends[2]:  # all of them
       ends = (0, ends[-1])
-    for start, stop in itertools.pairwise(ends):
-      if stop > start:
-        part = jax.tree.map(lambda p: p[start:stop], layers)  # noqa: B023
-        x_BxTxD = walk(x_BxTxD, part, start)
-    if labels is not None:
-      return self.head_losses(params, x_BxTxD, labels, head_key)
-    return self.head(params, x_BxTxD, head_key)
+    pairs = [(i, j) for i, j in itertools.pairwise(ends) if i < j]
+    return [(i, j, i if self._exempt != (0, 0) else None) for i, j in pairs]
 
   def embed(self, params: Params, tokens_BxT: jax.Array) -> jax.Array:
     """The residual stream before the first layer, (B, T, dim)."""

@@ -45,7 +45,7 @@ _CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / 'llama.py'
 _BITS = {'f32': 32, 'bf16': 16, 's32': 32, 'u32': 32, 's8': 8, 'u8': 8, 's4': 4}
 _COLLECTIVE = re.compile(
   r'^ *(?:ROOT )?(\S+) = (.*?) (all-gather|all-reduce|reduce-scatter|'
-  r'all-to-all|collective-permute)(?:-start)?\('
+  r'all-to-all|collective-permute)(?:-start)?\(([^)]*)\)'
 )
 _PRODUCT = re.compile(r' = \S+ (?:convolution|dot)\((\S+), (\S+)\)')
 # Of a kernel the operands' arrays, codes before scales.
@@ -152,14 +152,21 @@ def _place(line):
 
 def sent(text: str) -> list[Sent]:
   """The collectives of linears in a program, each once."""
-  found, computation = {}, ''
+  found, computation, places = {}, '', {}
   for line in text.splitlines():
+    if value := _VALUE.search(line):
+      places[value[1]] = _place(line)
     if line.startswith(('%', 'ENTRY')):
       computation = line.split(' ')[0]
-    match, place = _COLLECTIVE.search(line), _place(line)
-    if not match or not place:
+    match = _COLLECTIVE.search(line)
+    if not match:
       continue
-    name, result, operation = match.groups()
+    name, result, operation, operands = match.groups()
+    place = _place(line)
+    if 'op_name=' not in line:  # several as one: of where the first comes from
+      place = places.get(operands.split(',')[0])
+    if not place:
+      continue
     # One that runs beside others is written once for each of them.
     if beside := re.search(r'chain_id="(\d+)"', line):
       name = f'chain {beside[1]}'

@@ -63,7 +63,7 @@ def test_override_takes_its_value_from_the_next_argument():
 @pytest.mark.parametrize(
   ('override', 'message'),
   [
-    ('--config.stepz=7', "unknown config key 'stepz': did you mean 'steps'?"),
+    ('--config.stepss=7', "unknown config key 'stepss': did you mean 'steps'?"),
     ('--config.data.sed=7', "did you mean 'data.seed'?"),
     ('--config.dat.seed=7', "unknown config key 'dat.seed'"),
     ('--config.steps=1.5', "steps='1.5' is no int; it is 1200 now"),

@@ -20,17 +20,10 @@ tokens, bfloat16 matmuls, a remat of every layer. A row of
 
 import os
 
-# Before jax: libtpu is asked for a chip it does not have, and to write no logs.
-os.environ |= {
-  'JAX_PLATFORMS': 'cpu',
-  'TPU_SKIP_MDS_QUERY': '1',
-  'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
-  'TPU_WORKER_HOSTNAMES': 'localhost',
-  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-  'TPU_LOG_DIR': 'disabled',
-  'TPU_MIN_LOG_LEVEL': '3',
-  'TPU_STDERR_LOG_LEVEL': '3',
-}
+from frugax.plan import environment
+
+# Before jax.
+os.environ |= environment.TPU
 
 import pathlib
 import sys

@@ -7,14 +7,14 @@ Needs the TPU's compiler, `pip install 'frugax[tpu]'`, and no TPU: the whole
 training step of a config is compiled for one described chip, and its memory is
 read from the program (`memory_analysis`). Nothing is run. One sequence of 2048
 tokens, bfloat16 matmuls, a remat of every layer. A row of
-1b takes two minutes on two cores, one of 7b ten.
+1b takes half a minute on two cores, one of 7b three.
 
 - LLaMA-1b with AdamW, weights and moments in float32, on one v5p chip (95 GiB):
   by how many of the gradients' bytes the layer-wise step lowers the peak, with
   the norm of each layer clipped (one backward pass) and with the global norm
   (two).
 - LLaMA-7b with q_galore of rank 1024 and weights stored in int8, on one v5e
-  chip (16 GiB), as `--config=configs/llama.py:size=7b,opt=q_galore,matmul=w8`
+  chip (16 GiB), as configs/llama.py:size=7b,opt=q_galore,matmul=w8,data=c4
   with `--config.step=layerwise` trains it.
 """
 
@@ -37,8 +37,8 @@ from frugax.train import step
 
 _GIB = 2**30
 _CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / 'llama.py'
-_ADAM = 'size=1b,opt=adamw'
-_QGALORE = 'size=7b,opt=q_galore,matmul=w8'
+_ADAM = 'size=1b,opt=adamw,data=c4'
+_QGALORE = 'size=7b,opt=q_galore,matmul=w8,data=c4'
 _BF16 = {'model.param_dtype': 'bfloat16'}
 _LAYER = {'step': 'layerwise', 'layerwise.clip': 'layer'}
 

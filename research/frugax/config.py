@@ -11,6 +11,8 @@ import ast
 import importlib.util
 import json
 import os
+import pathlib
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +27,16 @@ OPEN_SECTIONS = ('model', 'optimizer', 'groups', 'schedule')
 
 class ConfigError(ValueError):
   """A config that cannot be loaded; the message is meant for the user."""
+
+
+def is_ours(error: ValueError) -> bool:
+  """Whether this package raised it: its message then says what to do.
+
+  Any other error deserves its traceback.
+  """
+  raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+  package = pathlib.Path(__file__).resolve().parent
+  return package in pathlib.Path(raised_in).resolve().parents
 
 
 def arguments(arg: str | None, **defaults) -> ml_collections.ConfigDict:

@@ -11,36 +11,16 @@ chips; nothing is run. `naive` is a loss from float32 logits, where it compiles;
 the results are the loss and both gradients, 1.217 GB.
 """
 
-import os
-import sysconfig
-
-# Before jax: libtpu is asked for a chip it does not have, and to write no logs.
-os.environ |= {
-  'JAX_PLATFORMS': 'cpu',
-  'TPU_SKIP_MDS_QUERY': '1',
-  'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
-  'TPU_WORKER_HOSTNAMES': 'localhost',
-  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-  'TPU_LOG_DIR': 'disabled',
-  'TPU_MIN_LOG_LEVEL': '3',
-  'TPU_STDERR_LOG_LEVEL': '3',
-  # There is no GPU to time alternatives on. The assembler is in a package.
-  'XLA_FLAGS': '--xla_gpu_autotune_level=0',
-  'PATH': sysconfig.get_path('purelib')
-  + f'/nvidia/cuda_nvcc/bin{os.pathsep}{os.environ["PATH"]}',
-}
-
 import argparse
 import contextlib
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 
 from frugax import kernels
+from frugax.plan import topologies
 
 TOKENS, VOCABULARY, WIDTH = 8192, 256000, 2304
 TPUS = {
@@ -49,7 +29,6 @@ TPUS = {
   'v6e': 'v6e:2x2',
   'tpu7x': 'tpu7x:2x2x1',
 }
-TARGET = pathlib.Path(__file__).parents[2] / 'tests' / 'kernels' / 'h200.txtpb'
 
 
 def naive(x, w, labels, layout):
@@ -57,18 +36,6 @@ def naive(x, w, labels, layout):
   z = jnp.matmul(x, w, preferred_element_type=jnp.float32)
   at = jnp.take_along_axis(z, labels[:, None], 1)[:, 0]
   return jax.nn.logsumexp(z, axis=1) - at
-
-
-def device_of(chip):
-  if chip == 'cpu':
-    return jax.devices()[0]
-  if chip in TPUS:
-    return topologies.get_topology_desc(
-      platform='tpu', topology_name=TPUS[chip]
-    ).devices[0]
-  return topologies.get_topology_desc(
-    platform='cuda', target_config=TARGET.read_text(), topology='1x1x1'
-  ).devices[0]
 
 
 def memory(device, loss, layout):
@@ -99,12 +66,15 @@ def main():
   parser.add_argument('chips', nargs='*', default=['cpu', *TPUS, 'h200'])
   print(f'jax {jax.__version__}; GB of temporaries, compiled, not run')
   print(f'{"chip":8}{"loss":10}{"w (D, V)":>10}{"w (V, D)":>10}')
-  for chip in parser.parse_args().chips:
+  named = {chip: TPUS.get(chip, chip) for chip in parser.parse_args().chips}
+  for chip, topology in list(named.items()):
     try:
-      device = device_of(chip)
-    except Exception as error:
-      print(f'{chip:8}no compiler: {str(error).splitlines()[0][:60]}')
-      continue
+      topologies.prepare(topology)
+    except ValueError as error:
+      print(f'{chip:8}{error}')
+      del named[chip]
+  for chip, topology in named.items():
+    device = topologies.devices(topology)[0]
     losses = {'naive': naive} | {
       name: functools.partial(kernels.linear_cross_entropy, implementation=name)
       for name in ('xla', 'mosaic')

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from frugax.models import llama
+from frugax.plan import environment
 
 
 def grad(remat, batch, dot_general=jax.lax.dot_general):
@@ -155,18 +156,9 @@ for remat in ('linears', 'offload'):
 )
 def test_offload_moves_the_linears_to_the_host_of_a_tpu():
   """By its compiler, which calls pinned host memory S(5)."""
-  environment = os.environ | {
-    'TPU_SKIP_MDS_QUERY': '1',
-    'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
-    'TPU_WORKER_HOSTNAMES': 'localhost',
-    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-    'TPU_LOG_DIR': 'disabled',
-    'TPU_MIN_LOG_LEVEL': '3',
-    'TPU_STDERR_LOG_LEVEL': '3',
-  }
   done = subprocess.run(
     [sys.executable, '-c', OFFLOAD],
-    env=environment,
+    env=os.environ | environment.TPU,
     capture_output=True,
     text=True,
   )

@@ -5,9 +5,7 @@ import itertools
 import json
 import logging
 import os
-import pathlib
 import sys
-import traceback
 
 from frugax import config as fx_config
 from frugax.plan import compile as fx_compile
@@ -143,10 +141,7 @@ def main(argv: list[str]) -> int:
   try:
     run(argv)
   except ValueError as e:
-    # Our own errors say what to do; any other keeps its traceback.
-    raised_in = traceback.extract_tb(e.__traceback__)[-1].filename
-    package = pathlib.Path(__file__).resolve().parents[1]
-    if package not in pathlib.Path(raised_in).resolve().parents:
+    if not fx_config.is_ours(e):
       raise
     print(f'error: {e}', file=sys.stderr)
     return 2

@@ -92,14 +92,19 @@ def check(name: str) -> str:
       f"topology {name!r} needs the TPU's compiler, which is not installed: "
       "pip install 'frugax[tpu]' (no TPU is needed)"
     )
-  if chip in GPUS and not any(
-    importlib.util.find_spec(f'jax_plugins.xla_cuda{v}') for v in (12, 13)
-  ):
+  if chip in GPUS and not _has_gpu_compiler():
     raise ValueError(
       f"topology {name!r} needs the GPU's compiler, which is not installed: "
       "pip install 'frugax[cuda]' (no GPU is needed)"
     )
   return chip
+
+
+def _has_gpu_compiler():
+  # Below a package that is not there find_spec raises.
+  return importlib.util.find_spec('jax_plugins') and any(
+    importlib.util.find_spec(f'jax_plugins.xla_cuda{v}') for v in (12, 13)
+  )
 
 
 def prepare(name: str) -> None:

@@ -1,9 +1,7 @@
 """python -m frugax.train --config=configs/llama.py:size=tiny --workdir=DIR"""
 
 import os
-import pathlib
 import sys
-import traceback
 
 from absl import logging
 
@@ -22,10 +20,7 @@ def main(argv: list[str]) -> int:
     print(f'error: {e}', file=sys.stderr)
     return 1
   except ValueError as e:
-    # Our own errors say what to do; any other keeps its traceback.
-    raised_in = traceback.extract_tb(e.__traceback__)[-1].filename
-    package = pathlib.Path(__file__).resolve().parents[1]
-    if package not in pathlib.Path(raised_in).resolve().parents:
+    if not fx_config.is_ours(e):
       raise
     print(f'error: {e}', file=sys.stderr)
     return 2

@@ -130,9 +130,10 @@ def make_layerwise_step(
     n_tokens = jnp.maximum(tokens, 1).astype(jnp.float32)
     micros = fx_mesh.micro_batches(batch, accumulation)
     key = jax.random.fold_in(state.key, state.step)
-    own = jax.random.fold_in(key, 2**32 - 1)  # as in the ordinary step
-    own = jax.random.split(own, accumulation) if accumulation > 1 else own[None]
-    walk = Walk(model, state.params, micros, own, n_tokens, z_loss, constrain)
+    keys = jax.random.fold_in(key, 2**32 - 1)[None]  # as in the ordinary step
+    if accumulation > 1:
+      keys = jax.random.split(keys[0], accumulation)
+    walk = Walk(model, state.params, micros, keys, n_tokens, z_loss, constrain)
     last, layers, enabled, factor = walk.last, state.params['layers'], True, 1.0
     grads, dx, loss = walk.head(last)
 

@@ -27,7 +27,7 @@ Planner = Callable[[Any], fx_compile.Plan]
 
 
 def changed(config, **values):
-  """A copy of a config with other values, dots in names being two lines."""
+  """A copy of a config with other values; a__b is value b of section a."""
   config = copy.deepcopy(config)
   for name, value in values.items():
     *sections, last = name.split('__')
@@ -80,7 +80,7 @@ def _price(tried):
 
 
 def _batch(config, topology, planner):
-  """The largest multiple of the least batch, by doubling and bisection."""
+  """The largest multiple of the least batch, to a sixteenth of it."""
   sizes = fx_mesh.parse_mesh(config.mesh, len(topologies.devices(topology)))
   unit = sizes['data'] * sizes['fsdp'] * config.accumulation
   found: dict[int, Tried] = {}
@@ -125,8 +125,7 @@ def meshes(config, devices: int) -> list[str]:
   The order is by what a formula says that each device sends in a step: with
   fsdp the weights of a layer three times (forward, backward, gradients), with
   data their gradients, with tensor the activations four times a layer.
-  Meshes whose weights, gradients and Adam-like state would not fit are compiled
-  after all others only if there are few.
+  Whether they fit does not count: that is what compiling tells.
 
   Args:
     config: the run's config.
@@ -154,15 +153,13 @@ def meshes(config, devices: int) -> list[str]:
   for data, fsdp, tensor in _factors(devices):
     if rows % (data * fsdp) or model.n_kv_heads % tensor:
       continue
-    # Bytes of weights, gradients and two moments that a device holds.
-    held = 4 * weights / (fsdp * tensor)
-    found.append((sent(data, fsdp, tensor), held, (data, fsdp, tensor)))
+    found.append((sent(data, fsdp, tensor), (data, fsdp, tensor)))
   found.sort()
   names = ('data', 'fsdp', 'tensor')
   return [
     ','.join(f'{n}={s}' for n, s in zip(names, sizes, strict=True) if s > 1)
     or 'fsdp=1'
-    for _, _, sizes in found
+    for _, sizes in found
   ]
 
 

@@ -7,18 +7,11 @@ that a compiler raised.
 
 import os
 import sys
-import sysconfig
 import tempfile
 
 os.environ['MOSAIC_GPU_DUMP_TO'] = tempfile.mkdtemp(prefix='ptx_')
 os.environ |= {
-  'JAX_PLATFORMS': 'cpu',
-  # There is nothing to time alternatives on.
-  'XLA_FLAGS': '--xla_gpu_autotune_level=0 --xla_dump_to='
-  + os.environ['MOSAIC_GPU_DUMP_TO'],
-  # The assembler, as its package leaves it.
-  'PATH': sysconfig.get_path('purelib')
-  + f'/nvidia/cuda_nvcc/bin{os.pathsep}{os.environ["PATH"]}',
+  'XLA_FLAGS': f'--xla_dump_to={os.environ["MOSAIC_GPU_DUMP_TO"]}',
   # It would return programs without compiling, and so without dumps.
   'JAX_ENABLE_COMPILATION_CACHE': 'false',
 }
@@ -32,9 +25,9 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 
 from frugax import kernels, lowbit
+from frugax.plan import topologies
 
 _DUMP = os.environ['MOSAIC_GPU_DUMP_TO']
 LAYOUTS = ('NN', 'NT', 'TN')
@@ -117,11 +110,8 @@ def dumped():
 
 
 def main(wanted):
-  target = pathlib.Path(__file__).with_name('h200.txtpb').read_text()
-  topology = topologies.get_topology_desc(
-    platform='cuda', target_config=target, topology='1x1x1'
-  )
-  mesh = jax.sharding.Mesh(np.array(topology.devices), ('x',))
+  topologies.prepare('h200')
+  mesh = jax.sharding.Mesh(np.array(topologies.devices('h200')), ('x',))
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   for name, fn, operands in products():
     if wanted not in name:

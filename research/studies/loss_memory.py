@@ -29,6 +29,7 @@ TPUS = {
   'v6e': 'v6e:2x2',
   'tpu7x': 'tpu7x:2x2x1',
 }
+KERNELS = dict.fromkeys(TPUS, 'mosaic') | {'h200': 'triton'}
 
 
 def naive(x, w, labels, layout):
@@ -77,8 +78,7 @@ def main():
     device = topologies.devices(topology)[0]
     losses = {'naive': naive} | {
       name: functools.partial(kernels.linear_cross_entropy, implementation=name)
-      for name in ('xla', 'mosaic')
-      if name == 'xla' or chip in TPUS
+      for name in ('xla', *([KERNELS[chip]] if chip in KERNELS else []))
     }
     for name, loss in losses.items():
       row = ''

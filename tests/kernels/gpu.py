@@ -1,8 +1,8 @@
-"""Compiles the products for a GPU that is not there: `python gpu.py`.
+"""Compiles the kernels for a GPU that is not there: `python gpu.py`.
 
 A process of its own, because XLA reads its flags once. Prints one JSON object a
-program: the instructions of the matrix units that its PTX has, or the error
-that a compiler raised.
+program: for each kernel the instructions of the matrix units that its PTX has,
+and the bytes of temporaries; or the error that a compiler raised.
 """
 
 import os
@@ -47,6 +47,7 @@ KINDS = {
 _MATRIX = re.compile(
   r'\b(?:wgmma\.mma_async|mma)\.sync\.aligned\.m\d+n\d+k\d+[\w.]*'
 )
+_ENTRY = re.compile(r'\.entry (\w+)')
 
 
 def shapes(layout, m, n, k):
@@ -79,6 +80,28 @@ def products():
   yield 'int8 rounded', fn, [x, w]
   w = ((256, 512), jnp.bfloat16)
   yield 'int8 linear', functools.partial(linear, 'int8'), [x, w]
+  yield from losses()
+
+
+def losses():
+  """Forward and backward."""
+  for name, (n, vocabulary, d), dtype, options in (
+    ('', (512, 1024, 512), 'bfloat16', {}),
+    (' odd', (200, 5003, 333), 'bfloat16', {'softcap': 30.0}),
+    (' float32', (200, 5003, 333), 'float32', {'implementation': 'triton'}),
+    (' gemma', (8192, 256000, 2304), 'bfloat16', {}),
+  ):
+    for layout in ('NN', 'NT'):
+
+      def total(x, w, labels, options=options, layout=layout):
+        losses = kernels.linear_cross_entropy(
+          x, w, labels, layout=layout, **options
+        )
+        return losses.sum()
+
+      w = (d, vocabulary) if layout == 'NN' else (vocabulary, d)
+      operands = [((n, d), dtype), (w, dtype), ((n,), jnp.int32)]
+      yield f'loss {layout}{name}', jax.value_and_grad(total, (0, 1)), operands
 
 
 def linear(recipe, x, w):
@@ -100,13 +123,15 @@ def implementations(kind):
 
 def dumped():
   """What the PTX of the last program says, and nothing of it is kept."""
-  instructions = set()
+  instructions = {}
   for path in pathlib.Path(_DUMP).rglob('*'):
     if path.suffix == '.ptx':
-      instructions |= set(_MATRIX.findall(path.read_text()))
+      text = path.read_text()
+      for kernel in _ENTRY.findall(text):
+        instructions[kernel] = sorted(set(_MATRIX.findall(text)))
     if path.is_file():
       path.unlink()
-  return sorted(instructions)
+  return instructions
 
 
 def main(wanted):
@@ -120,7 +145,8 @@ def main(wanted):
     row = {'name': name}
     try:
       with jax.set_mesh(mesh):
-        jax.jit(fn).lower(*arrays).compile()
+        compiled = jax.jit(fn).lower(*arrays).compile()
+      row['temporaries'] = compiled.memory_analysis().temp_size_in_bytes
     except Exception as error:
       row['error'] = f'{type(error).__name__}: {error}'[:2000]
     row['instructions'] = dumped()

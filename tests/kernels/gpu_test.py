@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 @functools.cache
 def compiled():
-  """The instructions of the matrix units, for each program."""
+  """What `gpu.py` prints, for each program."""
   script = pathlib.Path(__file__).with_name('gpu.py')
   done = subprocess.run(
     [sys.executable, str(script)], capture_output=True, text=True
@@ -32,7 +32,8 @@ def compiled():
 
 def operands(name):
   """As in {'s8.s8'}: wgmma is what only Hopper has, and at its full rate."""
-  found = compiled()[name]['instructions']
+  kernels = compiled()[name]['instructions']
+  found = {i for instructions in kernels.values() for i in instructions}
   assert all(i.startswith('wgmma.') for i in found), (name, found)
   return {'.'.join(i.split('.')[-2:]) for i in found}
 
@@ -75,3 +76,20 @@ def test_8_bit_floats_are_multiplied_as_they_are(dtype):
 def test_integers_become_bfloat16_beside_it():
   names = [n for n in compiled() if n.startswith('bf16')]
   assert {n: operands(n) for n in names} == {n: {'bf16.bf16'} for n in names}
+
+
+@needs_ptx_of_triton
+@pytest.mark.parametrize('layout', ['NN', 'NT'])
+def test_the_loss_multiplies_bfloat16_as_it_is(layout):
+  """In each of its kernels: none has its product from float32."""
+  for name in (f'loss {layout}', f'loss {layout} odd', f'loss {layout} gemma'):
+    found = compiled()[name]['instructions']
+    for step in ('', '_dz', '_dx', '_dw'):
+      assert found[f'linear_cross_entropy{step}'], (name, step)
+    assert operands(name) == {'bf16.bf16'}, name
+
+
+@pytest.mark.parametrize('layout', ['NN', 'NT'])
+def test_the_loss_has_no_logits_in_memory(layout):
+  """At the shapes of Gemma-2 2B's head, where they are 8.4 GB in float32."""
+  assert compiled()[f'loss {layout} gemma']['temporaries'] < 0.15e9

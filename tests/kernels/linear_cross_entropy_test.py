@@ -18,9 +18,10 @@ from frugax.kernels.linear_cross_entropy import reference
 IMPLEMENTATIONS = {
   'xla': {'implementation': 'xla'},
   'mosaic': {'implementation': 'mosaic', 'interpret': True},
+  'triton': {'implementation': 'triton', 'interpret': True},
 }
 each_implementation = pytest.mark.parametrize('name', IMPLEMENTATIONS)
-few = hypothesis.settings(deadline=None, max_examples=8, derandomize=True)
+few = hypothesis.settings(deadline=None, max_examples=6, derandomize=True)
 
 
 def data(n, vocabulary, d, mean=0.0, seed=0, layout='NN', ignored=0.2):
@@ -95,7 +96,7 @@ def test_losses_and_gradients_of_any_vocabulary(vocabulary, mean, name):
 @hypothesis.given(
   st.integers(1, 300),
   st.integers(1, 2600),
-  st.integers(1, 40),
+  st.integers(1, 150),
   st.sampled_from(['NN', 'NT']),
   st.sampled_from([None, 2.0]),
   st.sampled_from([0.0, 0.1]),
@@ -244,17 +245,18 @@ def test_memory_at_the_shapes_of_gemma_2_2b(layout):
   assert memory.temp_size_in_bytes < 3e9
 
 
-def test_bfloat16_operands():
+@each_implementation
+def test_bfloat16_operands(name):
   """Gradients come in each operand's own dtype, sums in float32."""
   x, w, labels = data(64, 2304, 32)
   x, w = jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16)
-  losses, _, dx, dw = run(x, w, labels)
+  losses, _, dx, dw = run(x, w, labels, **IMPLEMENTATIONS[name])
   want = twin(*(np.asarray(a, np.float32) for a in (x, w)), labels)
   np.testing.assert_allclose(losses, want[0], rtol=1e-6)
   assert dx.dtype == dw.dtype == jnp.bfloat16
   assert relative(np.float32(dx), want[2]) < 2**-7
   assert relative(np.float32(dw), want[3]) < 2**-7
-  mixed = run(x, w.astype(jnp.float32), labels)
+  mixed = run(x, w.astype(jnp.float32), labels, **IMPLEMENTATIONS[name])
   assert mixed[2].dtype == jnp.bfloat16 and mixed[3].dtype == jnp.float32
   assert relative(mixed[3], want[3]) < 1e-5
 
@@ -270,11 +272,14 @@ def test_labels():
   assert ignored[1] == 0 and ignored[0] == losses[0]
 
 
-def test_large_logits_stay_finite():
-  x, w, labels = data(8, 5000, 4)
+@each_implementation
+def test_large_logits_stay_finite(name):
+  """Also beside what fills up a block, whose logits are none."""
+  x, w, labels = data(8, 1300, 4)
   for shift in (-3e4, 3e4):
     w[0] = shift
-    got, want = run(x, w, labels), twin(x, w, labels)
+    got = run(x, w, labels, **IMPLEMENTATIONS[name])
+    want = twin(x, w, labels)
     np.testing.assert_allclose(got[0], want[0], atol=0.02)
     np.testing.assert_allclose(got[2], want[2], atol=0.01 * 3e4)
 
@@ -314,7 +319,8 @@ def test_parts_cover_the_vocabulary():
     ('TPU v5 lite', 'bfloat16', True),
     ('TPU7x', 'bfloat16', True),
     ('TPU v6 lite', 'float32', False),
-    ('NVIDIA H200', 'bfloat16', False),
+    ('NVIDIA H200', 'bfloat16', True),
+    ('NVIDIA H200', 'float32', False),
   ],
 )
 def test_the_chip_decides(device_kind, dtype, kernel):

@@ -150,3 +150,20 @@ _GPU_MATMUL = {
 def gpu_matmul(implementation: str, kind: str) -> GpuBlocks:
   """Of `quantized_matmul` on Hopper, which multiplies int4 as int8."""
   return _GPU_MATMUL[implementation, 'int8' if kind == 'int4' else kind]
+
+
+# Of products of two bfloat16, and of two float32, which have no matrix unit
+# that is exact.
+_GPU_CROSS_ENTROPY = {
+  2: GpuBlocks(128, 256, 64, 8, 4, 8),
+  4: GpuBlocks(64, 64, 32, 4, 2, 8),
+}
+
+
+def gpu_cross_entropy(itemsize: int) -> GpuBlocks:
+  """Of `linear_cross_entropy` on Hopper: of logits, and of gradients.
+
+  Args:
+    itemsize: bytes of an element of both operands.
+  """
+  return _GPU_CROSS_ENTROPY[itemsize]

@@ -23,7 +23,7 @@ NATIVE = {
   'v5p': ('int8', 'int4', 'mixed', 'bfloat16'),
   'v6e': ('int8', 'int4', 'mixed', 'bfloat16'),
   'tpu7x': ('int4', 'float8', 'float4', 'mixed', 'bfloat16'),
-  'hopper': ('int8', 'int4', 'float8'),
+  'hopper': ('int8', 'int4', 'float8', 'bfloat16'),
 }
 _MOSAIC = ('int8', 'int4', 'float8', 'mixed', 'bfloat16', 'float32')
 # What kernels compile for a chip, fast or not. The first that can is taken.
@@ -34,7 +34,7 @@ COMPILES = {
   'v6e': {'mosaic': _MOSAIC},
   'tpu7x': {'mosaic': (*_MOSAIC, 'float4')},
   'hopper': {
-    'triton': ('int8', 'int4', 'mixed'),
+    'triton': ('int8', 'int4', 'mixed', 'bfloat16', 'float32'),
     'mosaic_gpu': ('int8', 'float8'),
   },
 }

@@ -11,10 +11,11 @@ from jax.sharding import PartitionSpec as P
 
 from frugax import names
 from frugax.kernels import chips
-from frugax.kernels.linear_cross_entropy import reference, tpu
+from frugax.kernels.linear_cross_entropy import reference, tpu, triton
 
 # Which axis of w is the vocabulary.
 LAYOUTS = {'NN': 1, 'NT': 0}
+_KERNELS = {'mosaic': tpu, 'triton': triton}
 
 
 def linear_cross_entropy(
@@ -61,11 +62,14 @@ def linear_cross_entropy(
       of w is cut, within `jax.shard_map` over it or under `jax.set_mesh`. Each
       device computes the logits of its own part. What travels is a few numbers
       a token and, summed, the gradient of x: no logit, and nothing of w.
-    implementation: 'mosaic' (kernels for TPUs), 'xla', or None, which takes the
-      kernels for bfloat16 on v5e, v5p, v6e and tpu7x, on one device or within
-      `jax.shard_map` with check_vma=False, and else XLA. A kernel holds no
-      logits but a block in the chip; XLA at most 2^24 of them, or 512 a row.
-    interpret: run the kernels as plain JAX, on any platform.
+    implementation: 'mosaic' (kernels for TPUs), 'triton' (for Hopper GPUs),
+      'xla', or None, which takes the kernels for bfloat16 on v5e, v5p, v6e,
+      tpu7x and Hopper (H100, H200), on one device or within `jax.shard_map`
+      with check_vma=False, and else XLA. Kernels hold no logits but blocks in
+      the chip; XLA at most 2^24 of them in memory, or 512 a row. Backward, that
+      for Hopper holds gradients of 3 2^23 logits, or 512 a row, in x's dtype.
+    interpret: run the kernels as plain JAX, on any platform, those of TPUs if
+      no other are asked for.
 
   Returns:
     The losses (...) in float32, and with `return_lse` also the log-partitions,
@@ -166,7 +170,7 @@ def _core(options, x, w, labels):
   if which == 'xla':
     return reference.forward(x, w, labels, axis, softcap)
   flat = x.reshape(-1, x.shape[-1]), w, labels.reshape(-1)
-  found = tpu.forward(*flat, axis, softcap, interpret)
+  found = _KERNELS[which].forward(*flat, axis, softcap, interpret)
   return tuple(a.reshape(labels.shape) for a in found)
 
 
@@ -182,7 +186,7 @@ def _core_backward(options, residuals, gradients):
     return *found, None
   x, w, *rows = *residuals, *gradients
   flat = x.reshape(-1, x.shape[-1]), w, *(a.reshape(-1) for a in rows)
-  dx, dw = tpu.backward(*flat, axis, softcap, interpret)
+  dx, dw = _KERNELS[which].backward(*flat, axis, softcap, interpret)
   return dx.reshape(x.shape), dw, None
 
 

@@ -8,21 +8,28 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Logits that are in memory at once, in float32 64 MiB, and the most and the
-# fewest columns that these are of. More columns are no faster.
-_LOGITS = 2**24
-_COLUMNS = (512, 2048)
+# Logits that are in memory at once, in float32 64 MiB, and the most columns of
+# them: more are no faster.
+_LOGITS, _COLUMNS = 2**24, 2048
+_LEAST = 512
 
 
-def columns(rows: int, vocabulary: int) -> int:
+def columns(
+  rows: int, vocabulary: int, logits: int = _LOGITS, most: int = _COLUMNS
+) -> int:
   """Columns of logits in a part: parts are even, and but the last one full.
+
+  Args:
+    rows: of the logits.
+    vocabulary: columns of all parts.
+    logits: the most in a part, unless it has fewer than 512 columns.
+    most: columns in a part.
 
   Examples:
     >>> columns(8192, 256000), columns(4, 2304), columns(2**20, 50257)
     (2048, 1152, 512)
   """
-  least, most = _COLUMNS
-  limit = min(max(_LOGITS // max(rows, 1) // 128 * 128, least), most)
+  limit = min(max(logits // max(rows, 1) // 128 * 128, _LEAST), most)
   parts = -(-vocabulary // limit)
   return -(-vocabulary // (parts * 128)) * 128 if parts > 1 else vocabulary
 
@@ -52,14 +59,14 @@ def forward(
 
   def part(start, size, carry):
     top, total, at = carry
-    z = logits(x, _cut(w, start, size, axis), axis, softcap)
+    z = logits(x, cut(w, start, size, axis), axis, softcap)
     new = jnp.maximum(top, z.max(-1))
     total = total * jnp.exp(top - new) + jnp.exp(z - new[..., None]).sum(-1)
     return new, total, at + jnp.where(_hits(labels, start, z), z, 0).sum(-1)
 
   zeros = _zeros(x, x.shape[:-1])
   start = zeros - jnp.inf, zeros, zeros
-  top, total, at = _in_parts(x, w, axis, part, start)
+  top, total, at = in_parts(_size(x, w, axis), w.shape[axis], part, start)
   return top + jnp.log(total), at
 
 
@@ -96,24 +103,27 @@ def backward(
 
   def part(start, size, carry):
     dx, dw = carry
-    cut = _cut(w, start, size, axis)
-    z = logits(x, cut, axis, softcap)
+    own = cut(w, start, size, axis)
+    z = logits(x, own, axis, softcap)
     hits = _hits(labels[..., None], start, z)
     dz = gradient(z, hits, *per_row, softcap).astype(x.dtype)
-    dx += dot(dz, cut, (x.ndim - 1,), (axis,))
+    dx += dot(dz, own, (x.ndim - 1,), (axis,))
     # As (size, D) or (D, size).
     pair = (x, dz) if axis else (dz, x)
     own = dot(*pair, rows, rows).astype(w.dtype)
     return dx, lax.dynamic_update_slice_in_dim(dw, own, start, axis)
 
   start = _zeros(x, x.shape), jnp.zeros_like(w)
-  dx, dw = _in_parts(x, w, axis, part, start)
+  dx, dw = in_parts(_size(x, w, axis), w.shape[axis], part, start)
   return dx.astype(x.dtype), dw
 
 
 def logits(x, w, axis, softcap):
   """Of x (..., D) and w, in float32."""
-  z = dot(x, w, (x.ndim - 1,), (1 - axis,))
+  return capped(dot(x, w, (x.ndim - 1,), (1 - axis,)), softcap)
+
+
+def capped(z, softcap):
   return z if softcap is None else softcap * jnp.tanh(z / softcap)
 
 
@@ -143,7 +153,8 @@ def dot(a, b, i, j):
   )
 
 
-def _cut(w, start, size, axis):
+def cut(w, start, size, axis):
+  """A part of the vocabulary."""
   return lax.dynamic_slice_in_dim(w, start, size, axis)
 
 
@@ -152,15 +163,15 @@ def _hits(labels, start, z):
   return labels - start == index
 
 
-def _in_parts(
-  x: jax.Array, w: jax.Array, axis: int, part: Callable, carry: Any
-) -> Any:
+def _size(x, w, axis):
+  return columns(math.prod(x.shape[:-1]), w.shape[axis])
+
+
+def in_parts(size: int, vocabulary: int, part: Callable, carry: Any) -> Any:
   """part(start, size, carry) for all parts, the last one as long as it is.
 
   Filled up to the length of the others it would add logits that are not there.
   """
-  vocabulary = w.shape[axis]
-  size = columns(math.prod(x.shape[:-1]), vocabulary)
   count, rest = divmod(vocabulary, size)
   carry = lax.fori_loop(0, count, lambda i, c: part(i * size, size, c), carry)
   return part(count * size, rest, carry) if rest else carry

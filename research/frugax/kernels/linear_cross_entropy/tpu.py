@@ -186,12 +186,15 @@ def _backward(of, axis, softcap, vocabulary, x, w, *refs):
   def _():
     sums[...] = jnp.zeros_like(sums)
 
-  def add(cut):
+  def add(cut, within=None):
     z = reference.logits(x[...], cut, axis, softcap)
     column = j * bn + lax.broadcasted_iota(jnp.int32, z.shape, 1)
     dz = reference.gradient(
       z, column == labels[...], lse[...], g_lse[...], g_at[...], softcap
-    ).astype(x.dtype)
+    )
+    if within is not None:
+      dz = jnp.where(column < within, dz, 0)
+    dz = dz.astype(x.dtype)
     if of == 0:
       sums[...] += reference.dot(dz, cut, (1,), (axis,))
     else:
@@ -203,7 +206,7 @@ def _backward(of, axis, softcap, vocabulary, x, w, *refs):
     @pl.when(j == vocabulary // bn)
     def _():
       index = lax.broadcasted_iota(jnp.int32, w.shape, axis)
-      add(jnp.where(index < vocabulary % bn, w[...], 0))
+      add(jnp.where(index < vocabulary % bn, w[...], 0), vocabulary)
 
     @pl.when(j < vocabulary // bn)
     def _():

@@ -83,6 +83,27 @@ def test_the_parts_add_up(galore):
   assert plan.fits == (plan.needed <= plan.capacity)
 
 
+def test_what_adamw_would_need(galore):
+  """Weights, gradients and state of a run with it, as they lie there."""
+  _, plan = galore
+  program = step.build(_config('opt=adamw', mesh='fsdp=4,tensor=2'))
+  state = program.init(jax.random.PRNGKey(0))
+
+  def held(tree):
+    arrays = jax.tree.map(lambda x: x.addressable_shards[0].data.nbytes, tree)
+    return sum(jax.tree.leaves(arrays))
+
+  found = plan.adamw['float32']
+  assert found['weights'] == found['gradients'] == held(state.params)
+  # The run's schedule counts steps as well.
+  assert held(state.opt_state) - found['state'] in (0, 4)
+  half = _config('opt=galore', **_GALORE, **{'model.param_dtype': 'bfloat16'})
+  needed = fx_compile.adamw(step.build(half, jax.devices()[:1]))
+  assert [*needed] == ['bfloat16', 'float32']
+  for name in ('weights', 'gradients'):
+    assert 2 * needed['bfloat16'][name] == needed['float32'][name]
+
+
 def test_the_layers_keep_activations(galore):
   config, plan = galore
   # At least the input of each layer, of a device's two rows of 16 tokens.
@@ -189,7 +210,8 @@ def test_the_command_prints_a_table(capsys, galore, cache):
   )
   assert status == 0
   _, plan = galore
-  for text in ('optimizer moments', 'fits: ', table.size(plan.needed)):
+  texts = ('optimizer moments', 'fits: ', 'adamw in float32 would hold ')
+  for text in (*texts, table.size(plan.needed)):
     assert text in out
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.experimental.compilation_cache import compilation_cache
 
 from frugax import optim
@@ -50,7 +51,10 @@ class Plan:
       few bits apart, 'batch and counters'.
     gradients: bytes of a gradient of every weight, in the weights' dtype, which
       the step may or may not hold at once.
-    adam: bytes of optax.adam's state for the same weights, on the same mesh.
+    adamw: what optax.adamw would need for the same weights on the same mesh, if
+      these, gradients and moments were of the config's dtype, and in float32:
+      dtype -> bytes of 'weights', 'gradients' and 'state'; empty if it is the
+      optimizer.
     arguments: bytes of state and batch, padding included; None, as what
       follows, if the compiler refused the program.
     outputs: bytes of what is given beside the state, which is updated in place.
@@ -78,7 +82,7 @@ class Plan:
   capacity: int
   state: dict[str, int]
   gradients: int
-  adam: int
+  adamw: dict[str, dict[str, int]]
   arguments: int | None = None
   outputs: int | None = None
   code: int | None = None
@@ -157,6 +161,7 @@ def plan(
     'batch': (config.batch_size, config.data.sequence_length),
     'capacity': topologies.capacity(topology),
     **_sizes(program, state, batch),
+    'adamw': {} if config.optimizer.name == 'adamw' else adamw(program),
     'versions': _versions(),
   }
   tell(
@@ -242,14 +247,46 @@ def _sizes(program, state, batch):
   rest = (state.step, state.key, state.skipped, batch)
   found['batch and counters'] = sum(map(on_device, jax.tree.leaves(rest)))
   shardings = program.layout.tree(program.model.axes(), program.shapes)
-  gradients = sum(
-    math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
+  gradients = _total(program.shapes, shardings)
+  return {'state': dict(found), 'gradients': gradients}
+
+
+def adamw(program: step.Program) -> dict[str, dict[str, int]]:
+  """What AdamW would need of each device, whatever the program's optimizer.
+
+  Args:
+    program: a run's.
+
+  Returns:
+    As `Plan.adamw`.
+  """
+  shardings = program.layout.tree(program.model.axes(), program.shapes)
+  found, own = {}, np.dtype(program.model.config.param_dtype).name
+  for dtype in dict.fromkeys((own, 'float32')):
+
+    def in_dtype(x, dtype=dtype):
+      return jax.ShapeDtypeStruct(x.shape, dtype)
+
+    shapes = jax.tree.map(in_dtype, program.shapes)
+    state = jax.eval_shape(optax.adamw(0.0).init, shapes)
+    of_state = optim.state_shardings(state, shapes, shardings)
+    weights = _total(shapes, shardings)
+    found[dtype] = {
+      'weights': weights,
+      'gradients': weights,
+      'state': _total(state, of_state),
+    }
+  return found
+
+
+def _total(shapes, shardings):
+  """Bytes of a device's part of a tree of shapes."""
+  return sum(
+    on_device(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s))
     for x, s in zip(
-      jax.tree.leaves(program.shapes), jax.tree.leaves(shardings), strict=True
+      jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True
     )
   )
-  # Adam's two moments are like the weights; its counter does not count.
-  return {'state': dict(found), 'gradients': gradients, 'adam': 2 * gradients}
 
 
 @contextlib.contextmanager

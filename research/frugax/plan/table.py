@@ -83,9 +83,12 @@ def one(plan: Plan, model_flops: float | None = None) -> str:
   held = sum(
     n for name, n in plan.state.items() if name.startswith('optimizer')
   )
-  lines.append(
-    f"  optimizer state {size(held)}; Adam's would be {size(plan.adam)}"
-  )
+  lines.append(f'  optimizer state {size(held)}')
+  for dtype, parts in plan.adamw.items():
+    detail = ', '.join(f'{name} {size(n)}' for name, n in parts.items())
+    lines.append(
+      f'  adamw in {dtype} would hold {size(sum(parts.values()))} ({detail})'
+    )
   if plan.arguments is None:
     return '\n'.join([*lines, '', f'  {plan.refused}'])
   lines += ['', 'largest temporaries']

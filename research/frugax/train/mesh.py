@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from frugax import kernels
 from frugax import names as fx_names
+from frugax.models import losses
 
 AXES = ('data', 'fsdp', 'tensor', 'context')
 
@@ -170,27 +171,47 @@ class Layout:
     )(x)
 
   def cross_entropy(
-    self, x: jax.Array, w: jax.Array, labels: jax.Array, *, layout: str, **named
-  ):
+    self,
+    x: jax.Array,
+    w: jax.Array,
+    labels: jax.Array,
+    *,
+    layout: str,
+    return_lse: bool = False,
+  ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """`kernels.linear_cross_entropy` of the devices' own rows and tokens.
 
-    Each has its part of the batch, and of the vocabulary where it is cut. Only
-    along 'embed' w is gathered, and its gradient reduced and scattered.
+    Each has its part of the batch, and of the vocabulary: equally many columns
+    of w, and if some are left, which are fewer than devices, each has them all.
+    Along 'embed' w is gathered, and its gradient reduced and scattered.
     """
     names = ('embed', 'vocab')[:: 1 if layout == 'NN' else -1]
-    spec = self.spec(names, w.shape)
-    embed, vocab = (spec[names.index(name)] for name in ('embed', 'vocab'))
+    axis = names.index('vocab')
+    n = math.prod(self.mesh.shape[a] for a in self.rules['vocab'])
+    left = w.shape[axis] % n
+    if left and n < w.shape[axis]:
+      # w is whole on each. So shall be its gradient, before it is put together.
+      stored = tuple(None if a == 'vocab' else a for a in names)
 
-    def losses(x, w, labels):
+      def of_part(w, labels):
+        w = self.constrain(w, stored)
+        return self.cross_entropy(x, w, labels, layout=layout, return_lse=True)
+
+      found = losses.in_two(of_part, w, labels, w.shape[axis] - left, axis)
+      return found if return_lse else found[0]
+    spec = self.spec(names, w.shape)
+    embed, vocab = spec[1 - axis], spec[axis]
+
+    def own(x, w, labels):
       if embed is not None:
-        w = jax.lax.all_gather(w, embed, axis=names.index('embed'), tiled=True)
+        w = jax.lax.all_gather(w, embed, axis=1 - axis, tiled=True)
       return kernels.linear_cross_entropy(
-        x, w, labels, layout=layout, vocab_axis=vocab, **named
+        x, w, labels, layout=layout, return_lse=return_lse, vocab_axis=vocab
       )
 
     rows = self.spec(('batch', 'sequence'), labels.shape)
     return jax.shard_map(
-      losses,
+      own,
       mesh=self.mesh,
       in_specs=(rows, spec, rows),
       out_specs=rows,

@@ -90,6 +90,7 @@ def losses():
     (' odd', (200, 5003, 333), 'bfloat16', {'softcap': 30.0}),
     (' float32', (200, 5003, 333), 'float32', {'implementation': 'triton'}),
     (' gemma', (8192, 256000, 2304), 'bfloat16', {}),
+    (' filtered', (512, 1024, 512), 'bfloat16', {'filter_eps': 'auto'}),
   ):
     for layout in ('NN', 'NT'):
 

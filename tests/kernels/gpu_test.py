@@ -82,7 +82,8 @@ def test_integers_become_bfloat16_beside_it():
 @pytest.mark.parametrize('layout', ['NN', 'NT'])
 def test_the_loss_multiplies_bfloat16_as_it_is(layout):
   """In each of its kernels: none has its product from float32."""
-  for name in (f'loss {layout}', f'loss {layout} odd', f'loss {layout} gemma'):
+  for which in ('', ' odd', ' gemma', ' filtered'):
+    name = f'loss {layout}{which}'
     found = compiled()[name]['instructions']
     for step in ('', '_dz', '_dx', '_dw'):
       assert found[f'linear_cross_entropy{step}'], (name, step)

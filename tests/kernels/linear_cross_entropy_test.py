@@ -115,6 +115,39 @@ def test_any_shape_cap_and_z_loss(
     )
 
 
+@each_implementation
+@pytest.mark.parametrize(
+  ('layout', 'filter_eps'), [('NN', 1e-3), ('NT', (1e-3, None))]
+)
+def test_a_filter_errs_by_no_more_than_its_bound(name, layout, filter_eps):
+  n, vocabulary, eps = 300, 5000, 1e-3
+  x, w, labels = data(n, vocabulary, 40, layout=layout)
+  of_tokens = w if layout == 'NN' else w.T
+  of_tokens[0, 700:] = -15  # so that these have little probability
+  labels = np.where(labels >= 0, labels % 700, -1)
+  labels[0] = vocabulary - 1  # where nothing else would be kept
+  g = np.random.default_rng(1).normal(size=n).astype('f')
+  options = dict(layout=layout, g=g)
+  *_, dx, dw = run(
+    x, w, labels, filter_eps=filter_eps, **options, **IMPLEMENTATIONS[name]
+  )
+  *_, want_dx, want_dw = twin(x, w, labels, **options)
+  if layout == 'NT':
+    dw, want_dw = dw.T, want_dw.T
+  size = np.abs(np.where(labels >= 0, g, 0))
+  bound = eps * np.outer(size, np.abs(of_tokens).sum(1))
+  assert (np.abs(dx - want_dx) <= bound + 1e-5).all()
+  np.testing.assert_allclose(dw[:, -1], want_dw[:, -1], atol=1e-5)
+  left_out = slice(2600, 3300)  # in no block with a label
+  assert np.all(want_dw[:, left_out] != 0)
+  if isinstance(filter_eps, tuple):
+    np.testing.assert_allclose(dw, want_dw, atol=1e-5)
+  else:
+    bound = eps * (size @ np.abs(x))[:, None]
+    assert (np.abs(dw - want_dw) <= bound + 1e-5).all()
+    assert not np.any(dw[:, left_out])
+
+
 def test_leading_axes_scan_remat_and_vmap():
   x, w, labels = data(12, 300, 8)
   losses, lse, dx, dw = twin(x, w, labels)
@@ -147,7 +180,7 @@ def mesh(**sizes):
   )
 
 
-def sharded(devices, check, layout, x, w, labels, g):
+def sharded(devices, check, layout, x, w, labels, g, **options):
   """As `run`, of the vocabulary over 'tensor' and the rows over 'data'."""
   cut = P(None, 'tensor') if layout == 'NN' else P('tensor', None)
   f = functools.partial(
@@ -156,6 +189,7 @@ def sharded(devices, check, layout, x, w, labels, g):
     z_loss=0.1,
     return_lse=True,
     vocab_axis='tensor',
+    **options,
   )
   rows = P('data')
   f = jax.shard_map(
@@ -183,7 +217,9 @@ def sharded(devices, check, layout, x, w, labels, g):
 def test_a_vocabulary_over_devices(check, layout):
   operands = data(16, 4 * 1111, 8, 1.0, layout=layout)
   g = np.random.default_rng(1).normal(size=16).astype('f')
-  got = sharded(mesh(data=2, tensor=4), check, layout, *operands, g)
+  # A filter of nothing but zeros, to see that it runs.
+  options = dict(filter_eps=1e-30) if layout == 'NT' else {}
+  got = sharded(mesh(data=2, tensor=4), check, layout, *operands, g, **options)
   want = twin(*operands, layout=layout, z_loss=0.1, g=g)
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-6)
@@ -290,6 +326,8 @@ def test_large_logits_stay_finite(name):
     ({'layout': 'TN'}, "unknown layout 'TN': did you mean 'NT'"),
     ({'layout': 'NT'}, "layout='NN' for w of"),
     ({'softcap': -1.0}, r'softcap=-1.0: give a positive number'),
+    ({'filter_eps': 2.0}, 'filter_eps=2.0: give None, a probability'),
+    ({'filter_eps': ('auto', 'all')}, "'all'.*'auto', or a pair of these"),
     ({'vocab_axis': 'tensr'}, "has the axis 'tensr', but none"),
     ({'labels': jnp.zeros(4)}, 'labels of float32: give integers'),
     ({'labels': jnp.zeros(5, int)}, r'labels of shape \(5,\)'),

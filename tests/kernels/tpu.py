@@ -123,14 +123,15 @@ def fused(chip):
 
 def losses():
   """Forward and backward; the odd sizes have blocks beyond the ends."""
-  for dtype, layout, softcap in (
-    ('bfloat16', 'NN', None),
-    ('float32', 'NT', 9.0),
+  for dtype, layout, softcap, filter_eps in (
+    ('bfloat16', 'NN', None, None),
+    ('float32', 'NT', 9.0, 'auto'),
   ):
     fn = functools.partial(
       kernels.linear_cross_entropy,
       layout=layout,
       softcap=softcap,
+      filter_eps=filter_eps,
       implementation='mosaic',
     )
 

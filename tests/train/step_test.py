@@ -223,6 +223,11 @@ def test_counts_of_the_optimizer_reach_the_metric_file(make_config, tmp_path):
     ({'steps': 0}, 'steps must be 1 or more, got 0'),
     ({'accumulation': 3}, 'accumulation 3 does not divide batch_size 8'),
     ({'clip_norm': -1}, 'clip_norm must be 0 (off) or more'),
+    ({'filter_eps': -1e-4}, 'filter_eps must be 0 (off) or more'),
+    (
+      {'filter_eps': 1e-4, 'model__matmul_head': 'int8'},
+      "filter_eps with model.matmul_head='int8'",
+    ),
     ({'model__size': 'tinny'}, "did you mean 'tiny'?"),
     ({'model__n_layer': 3}, "did you mean 'n_layers'?"),
     ({'model__remat': 'all'}, "'all'"),
@@ -245,6 +250,20 @@ def test_bad_configs_fail_before_compilation(overrides, message, make_config):
   with pytest.raises(ValueError) as e:
     step.build(make_config(mesh='data=-1', **overrides))
   assert message in str(e.value)
+
+
+def test_the_loss_has_the_filter_of_the_config(make_config):
+  def branches(**options):
+    config = make_config(mesh='data=1', **options)
+    program = step.build(config, jax.devices()[:1])
+    state = jax.eval_shape(program.init, jax.random.PRNGKey(0))
+    batch = {k: jnp.ones((8, 16), jnp.int32) for k in _batch()}
+    with jax.set_mesh(program.layout.mesh):
+      traced = program.train_step.trace(state, batch)
+    return str(traced.jaxpr).count('cond[')
+
+  # That of the activations before the head, and none of the head's own.
+  assert branches(filter_eps=1e-4) == branches() + 1
 
 
 def test_state_is_donated(make_config):

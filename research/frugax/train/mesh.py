@@ -178,6 +178,7 @@ class Layout:
     *,
     layout: str,
     return_lse: bool = False,
+    **options,
   ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """`kernels.linear_cross_entropy` of the devices' own rows and tokens.
 
@@ -195,7 +196,9 @@ class Layout:
 
       def of_part(w, labels):
         w = self.constrain(w, stored)
-        return self.cross_entropy(x, w, labels, layout=layout, return_lse=True)
+        return self.cross_entropy(
+          x, w, labels, layout=layout, return_lse=True, **options
+        )
 
       found = losses.in_two(of_part, w, labels, w.shape[axis] - left, axis)
       return found if return_lse else found[0]
@@ -206,7 +209,13 @@ class Layout:
       if embed is not None:
         w = jax.lax.all_gather(w, embed, axis=1 - axis, tiled=True)
       return kernels.linear_cross_entropy(
-        x, w, labels, layout=layout, return_lse=return_lse, vocab_axis=vocab
+        x,
+        w,
+        labels,
+        layout=layout,
+        return_lse=return_lse,
+        vocab_axis=vocab,
+        **options,
       )
 
     rows = self.spec(('batch', 'sequence'), labels.shape)

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -263,7 +264,7 @@ def build(config, devices: Sequence[jax.Device] | None = None) -> Program:
   for name in ('steps', 'batch_size', 'accumulation'):
     if config[name] < 1:
       raise ValueError(f'{name} must be 1 or more, got {config[name]}')
-  for name in ('clip_norm', 'z_loss'):
+  for name in ('clip_norm', 'z_loss', 'filter_eps'):
     if config[name] < 0:
       raise ValueError(f'{name} must be 0 (off) or more, got {config[name]}')
   if config.batch_size % config.accumulation:
@@ -278,11 +279,18 @@ def build(config, devices: Sequence[jax.Device] | None = None) -> Program:
     'a micro-batch (batch_size / accumulation)',
   )
   fields = config.model.to_dict()
+  if config.filter_eps and fields.get('matmul_head', 'none') != 'none':
+    raise ValueError(
+      f'filter_eps with model.matmul_head={fields["matmul_head"]!r}: a head '
+      'with a recipe has logits; give filter_eps=0'
+    )
   model = llama.Llama(
     llama.config(fields.pop('size'), **fields),
     constrain=layout.constrain,
     layout=layout,
-    cross_entropy=layout.cross_entropy,
+    cross_entropy=functools.partial(
+      layout.cross_entropy, filter_eps=(config.filter_eps or None, None)
+    ),
   )
   stored = jax.eval_shape(model.init, jax.random.PRNGKey(0))
   shapes = jax.eval_shape(lowbit.load_weights, stored)

@@ -13,6 +13,8 @@ from frugax import names
 from frugax.kernels import chips
 from frugax.kernels.linear_cross_entropy import reference, tpu, triton
 
+# None, a probability, or 'auto'.
+Filter = float | str | None
 # Which axis of w is the vocabulary.
 LAYOUTS = {'NN': 1, 'NT': 0}
 _KERNELS = {'mosaic': tpu, 'triton': triton}
@@ -29,6 +31,7 @@ def linear_cross_entropy(
   ignore_index: int = -1,
   return_lse: bool = False,
   vocab_axis: str | Sequence[str] | None = None,
+  filter_eps: Filter | tuple[Filter, Filter] = None,
   implementation: str | None = None,
   interpret: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -62,6 +65,17 @@ def linear_cross_entropy(
       of w is cut, within `jax.shard_map` over it or under `jax.set_mesh`. Each
       device computes the logits of its own part. What travels is a few numbers
       a token and, summed, the gradient of x: no logit, and nothing of w.
+    filter_eps: None for exact gradients; or a probability, say 1e-4, or 'auto',
+      a 32nd of the operands' epsilon (2^-12 in bfloat16), or a pair of these,
+      for the gradients of x and of w. Of a block of logits in which each token
+      of the vocabulary has a probability below it and none is a label, nothing
+      is added to the gradient. With p eps, r tokens' gradients g and v the
+      vocabulary, that errs in x_ik by at most p |g_i| sum_v |w_kv|, and in w_kv
+      by at most p sum_i |g_i x_ik|. Blocks are small on Hopper (128 x 256), and
+      of a trained model most are left out there; those of TPUs and XLA are
+      larger and save little. Tokens that are rare get no gradient in w from
+      contexts that do not end in them: for pre-training filter that of x alone,
+      (1e-4, None).
     implementation: 'mosaic' (kernels for TPUs), 'triton' (for Hopper GPUs),
       'xla', or None, which takes the kernels for bfloat16 on v5e, v5p, v6e,
       tpu7x and Hopper (H100, H200), on one device or within `jax.shard_map`
@@ -113,6 +127,7 @@ def linear_cross_entropy(
       ignore_index=ignore_index,
       return_lse=return_lse,
       vocab_axis=axes,
+      filter_eps=filter_eps,
       implementation=implementation,
       interpret=interpret,
     )
@@ -132,7 +147,8 @@ def linear_cross_entropy(
   dtype = jnp.promote_types(x.dtype, w.dtype)
   operands = x.astype(dtype), w.astype(dtype), jnp.where(known, own, -1)
   which = _choose(dtype, operands, implementation, interpret)
-  options = _Options(axis, softcap, which, interpret)
+  filters = _filters(filter_eps, dtype)
+  options = _Options(axis, softcap, filters, which, interpret)
   lse, at = _core(options, *_alike(operands))
   if axes:
     top = lax.pmax(lax.stop_gradient(lse), axes)
@@ -148,6 +164,7 @@ def linear_cross_entropy(
 class _Options(NamedTuple):
   axis: int
   softcap: float | None
+  filters: tuple[float | None, float | None]
   implementation: str
   interpret: bool
 
@@ -166,7 +183,7 @@ def _choose(dtype, operands, implementation, interpret):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _core(options, x, w, labels):
   """Log-partition and the logit at the label, of this device's vocabulary."""
-  axis, softcap, which, interpret = options
+  axis, softcap, _, which, interpret = options
   if which == 'xla':
     return reference.forward(x, w, labels, axis, softcap)
   flat = x.reshape(-1, x.shape[-1]), w, labels.reshape(-1)
@@ -180,17 +197,32 @@ def _core_forward(options, x, w, labels):
 
 
 def _core_backward(options, residuals, gradients):
-  axis, softcap, which, interpret = options
+  *how, which, interpret = options
   if which == 'xla':
-    found = reference.backward(*residuals, *gradients, axis, softcap)
-    return *found, None
+    return *reference.backward(*residuals, *gradients, *how), None
   x, w, *rows = *residuals, *gradients
   flat = x.reshape(-1, x.shape[-1]), w, *(a.reshape(-1) for a in rows)
-  dx, dw = _KERNELS[which].backward(*flat, axis, softcap, interpret)
+  dx, dw = _KERNELS[which].backward(*flat, *how, interpret)
   return dx.reshape(x.shape), dw, None
 
 
 _core.defvjp(_core_forward, _core_backward)
+
+
+def _filters(filter_eps, dtype):
+  """For the gradients of x and of w."""
+  pair = filter_eps if isinstance(filter_eps, tuple) else (filter_eps,) * 2
+  auto = float(jnp.finfo(dtype).eps) / 32
+  found = tuple(auto if eps == 'auto' else eps for eps in pair)
+  if len(found) != 2 or any(
+    eps is not None and not (isinstance(eps, int | float) and 0 < eps < 1)
+    for eps in found
+  ):
+    raise ValueError(
+      f'filter_eps={filter_eps!r}: give None, a probability between 0 and 1, '
+      "'auto', or a pair of these, for the gradients of x and of w"
+    )
+  return found
 
 
 def _alike(arrays):

@@ -79,6 +79,7 @@ def backward(
   g_at: jax.Array,
   axis: int,
   softcap: float | None,
+  filters: tuple[float | None, float | None] = (None, None),
 ) -> tuple[jax.Array, jax.Array]:
   """Gradients of x and w, from those of what `forward` returns.
 
@@ -94,6 +95,8 @@ def backward(
     g_at: and to the logits at the labels.
     axis: as in `forward`.
     softcap: likewise.
+    filters: for the gradients of x and of w, the probability below which a part
+      is left out, see `peak`; None for none.
 
   Returns:
     Two arrays, of the shapes and dtypes of x and w.
@@ -107,11 +110,21 @@ def backward(
     z = logits(x, own, axis, softcap)
     hits = _hits(labels[..., None], start, z)
     dz = gradient(z, hits, *per_row, softcap).astype(x.dtype)
-    dx += dot(dz, own, (x.ndim - 1,), (axis,))
     # As (size, D) or (D, size).
     pair = (x, dz) if axis else (dz, x)
-    own = dot(*pair, rows, rows).astype(w.dtype)
-    return dx, lax.dynamic_update_slice_in_dim(dw, own, start, axis)
+
+    def add_dx(dx):
+      return dx + dot(dz, own, (x.ndim - 1,), (axis,))
+
+    def put_dw(dw):
+      found = dot(*pair, rows, rows).astype(w.dtype)
+      return lax.dynamic_update_slice_in_dim(dw, found, start, axis)
+
+    most = peak(z, hits, *per_row)
+    return tuple(
+      add(old) if eps is None else lax.cond(most >= eps, add, lambda a: a, old)
+      for add, old, eps in zip((add_dx, put_dw), (dx, dw), filters, strict=True)
+    )
 
   start = _zeros(x, x.shape), jnp.zeros_like(w)
   dx, dw = in_parts(_size(x, w, axis), w.shape[axis], part, start)
@@ -139,6 +152,16 @@ def _sums(x):
 
 def _zeros(x, shape):
   return vary(jnp.zeros(shape, _sums(x)), varying(x))
+
+
+def peak(z, hits, lse, g_lse, g_at):
+  """The largest probability in a block of logits, of rows with a gradient.
+
+  2 where one is that of a label, or is no number: no filter leaves it out.
+  """
+  p = jnp.where(g_lse == 0, 0.0, jnp.exp(z - lse))
+  certain = (hits & (g_at != 0)) | ~(p <= 1)
+  return jnp.where(certain, 2.0, p).max()
 
 
 def dot(a, b, i, j):

@@ -111,6 +111,7 @@ def backward(
   g_at: jax.Array,
   axis: int,
   softcap: float | None,
+  filters: tuple[float | None, float | None] = (None, None),
   interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
   """See `reference.backward`; x is (N, D).
@@ -128,6 +129,7 @@ def backward(
     g_at: and to the logits at the labels.
     axis: as in `forward`.
     softcap: likewise.
+    filters: as in `reference.backward`, of blocks.
     interpret: run as plain JAX.
 
   Returns:
@@ -159,7 +161,9 @@ def backward(
     specs = [along(rows, d), _of_weights(axis, d, bn, cols)]
     grads.append(
       pl.pallas_call(
-        functools.partial(_backward, of, axis, softcap, vocabulary),
+        functools.partial(
+          _backward, of, axis, softcap, filters[of], vocabulary
+        ),
         grid=(i_count, j_count) if of == 0 else (j_count, i_count),
         in_specs=[*specs, *(along(rows, 1) for _ in columns)],
         out_specs=specs[of],
@@ -176,7 +180,7 @@ def backward(
   return grads[0][:n], grads[1]
 
 
-def _backward(of, axis, softcap, vocabulary, x, w, *refs):
+def _backward(of, axis, softcap, eps, vocabulary, x, w, *refs):
   labels, lse, g_lse, g_at, out, sums = refs
   step, last = pl.program_id(1), pl.num_programs(1) - 1
   j = pl.program_id(1 - of)
@@ -189,17 +193,23 @@ def _backward(of, axis, softcap, vocabulary, x, w, *refs):
   def add(cut, within=None):
     z = reference.logits(x[...], cut, axis, softcap)
     column = j * bn + lax.broadcasted_iota(jnp.int32, z.shape, 1)
-    dz = reference.gradient(
-      z, column == labels[...], lse[...], g_lse[...], g_at[...], softcap
-    )
-    if within is not None:
-      dz = jnp.where(column < within, dz, 0)
-    dz = dz.astype(x.dtype)
-    if of == 0:
-      sums[...] += reference.dot(dz, cut, (1,), (axis,))
+    logits = z, column == labels[...], lse[...], g_lse[...], g_at[...]
+
+    def multiply():
+      dz = reference.gradient(*logits, softcap)
+      if within is not None:
+        dz = jnp.where(column < within, dz, 0)
+      dz = dz.astype(x.dtype)
+      if of == 0:
+        sums[...] += reference.dot(dz, cut, (1,), (axis,))
+      else:
+        pair = (x[...], dz) if axis else (dz, x[...])
+        sums[...] += reference.dot(*pair, (0,), (0,))
+
+    if eps is None:
+      multiply()
     else:
-      pair = (x[...], dz) if axis else (dz, x[...])
-      sums[...] += reference.dot(*pair, (0,), (0,))
+      pl.when(reference.peak(*logits) >= eps)(multiply)
 
   if vocabulary % bn:
     # What lies beyond the end of w may be no number.

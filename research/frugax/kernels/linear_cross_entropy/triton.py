@@ -89,6 +89,7 @@ def backward(
   g_at: jax.Array,
   axis: int,
   softcap: float | None,
+  filters: tuple[float | None, float | None] = (None, None),
   interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
   """See `reference.backward`; x is (N, D).
@@ -97,7 +98,8 @@ def backward(
   writes their gradients in x's dtype. Two others multiply these: one adds to
   the gradient of x, which is in float32 until the end, the other computes that
   of the part of w. Each number is written by one program: the order of sums,
-  and so the result, is always the same.
+  and so the result, is always the same. What a filter leaves out of these two
+  is neither read nor multiplied.
 
   Args:
     x: as in `forward`.
@@ -108,6 +110,7 @@ def backward(
     g_at: and to the logits at the labels.
     axis: as in `forward`.
     softcap: likewise.
+    filters: as in `reference.backward`, of blocks.
     interpret: run as plain JAX.
 
   Returns:
@@ -116,6 +119,7 @@ def backward(
   n, d, vocabulary = *x.shape, w.shape[axis]
   blocks = tables.gpu_cross_entropy(x.dtype.itemsize)
   x = _filled(x, blocks)
+  filtered = any(eps is not None for eps in filters)
   # Rows that are filled up have no gradients: all of theirs are zero.
   labels, *rows = (_filled(a, blocks) for a in (labels, lse, g_lse, g_at))
 
@@ -123,12 +127,19 @@ def backward(
     dx, dw = carry
     own = _filled(reference.cut(w, start, size, axis), blocks)
     product = _Product((x, own), (1, 1 - axis), blocks)
-    (dz,) = product.call(
+    dz, *peaks = product.call(
       functools.partial(_gradient, softcap, size),
       [(a, product.rows) for a in (labels - start, *rows)],
-      [(product.shape, x.dtype, product.block)],
+      [
+        (product.shape, x.dtype, product.block),
+        *([(product.counts, jnp.float32, product.each)] if filtered else []),
+      ],
       'linear_cross_entropy_dz',
       interpret,
+    )
+    keep_x, keep_w = (
+      None if eps is None else (peaks[0] >= eps).astype(jnp.int32)
+      for eps in filters
     )
     product = _Product((dz, own), (1, axis), blocks)
     (dx,) = product.call(
@@ -137,7 +148,8 @@ def backward(
       [(product.shape, dx.dtype, product.block)],
       'linear_cross_entropy_dx',
       interpret,
-      aliases={2: 0},
+      keep=keep_x,
+      over=True,
     )
     # As (size, D) or (D, size).
     product = _Product((x, dz) if axis else (dz, x), (0, 0), blocks)
@@ -147,6 +159,8 @@ def backward(
       [(product.shape, w.dtype, product.block)],
       'linear_cross_entropy_dw',
       interpret,
+      keep=keep_w if keep_w is None else keep_w.T,
+      along=axis,
     )
     own = own[:d, :size] if axis else own[:size, :d]
     return dx, lax.dynamic_update_slice_in_dim(dw, own, start, axis)
@@ -157,13 +171,15 @@ def backward(
   return dx[:n, :d].astype(x.dtype), dw
 
 
-def _gradient(softcap, size, z, place, labels, lse, g_lse, g_at, dz):
+def _gradient(softcap, size, z, place, labels, lse, g_lse, g_at, dz, *peaks):
   z = reference.capped(z, softcap)
   column = _columns(z, place)
   hits = column == labels[...][:, None]
-  per_row = (a[...][:, None] for a in (lse, g_lse, g_at))
-  found = reference.gradient(z, hits, *per_row, softcap)
+  logits = z, hits, *(a[...][:, None] for a in (lse, g_lse, g_at))
+  found = reference.gradient(*logits, softcap)
   dz[...] = jnp.where(column < size, found, 0.0).astype(dz.dtype)
+  for peak in peaks:
+    peak[...] = reference.peak(*logits)
 
 
 def _add(y, place, old, new):
@@ -232,6 +248,11 @@ class _Product:
       (None, self.sizes[0]), lambda p: tuple(reversed(self.place(p)))
     )
 
+  @property
+  def each(self) -> pl.BlockSpec:
+    """Of an array (blocks of rows, blocks of columns), the block's number."""
+    return pl.BlockSpec((None, None), self.place)
+
   def call(
     self,
     finish: Callable,
@@ -239,7 +260,9 @@ class _Product:
     outs: Sequence[tuple[tuple[int, ...], jnp.dtype, pl.BlockSpec]],
     name: str,
     interpret: bool,
-    aliases: dict[int, int] | None = None,
+    keep: jax.Array | None = None,
+    along: int = 0,
+    over: bool = False,
   ) -> Sequence[jax.Array]:
     """What finish(block of the product, its place, *refs) writes.
 
@@ -249,7 +272,10 @@ class _Product:
       outs: shapes, dtypes and blocks of the results.
       name: of the kernel.
       interpret: run as plain JAX.
-      aliases: results that are written over operands.
+      keep: (parts of an axis of the product, parts of the contracted axis), 0
+        where the latter adds nothing to the former; None to add all.
+      along: that axis of the product.
+      over: whether the result is written over the first of `ends`.
     """
     specs = []
     for which, axis in enumerate(self.axes):
@@ -260,15 +286,21 @@ class _Product:
           functools.partial(self._operand, which, axis),
         )
       )
-    arrays = [*self.operands, *(a for a, _ in ends)]
+    arrays = [*self.operands]
+    if keep is not None:
+      arrays.append(keep)
+      specs.append(pl.BlockSpec(keep.shape, lambda p: (0, 0)))
+    first = len(arrays)
+    arrays += [a for a, _ in ends]
+    specs += [spec for _, spec in ends]
     shapes = [jax.ShapeDtypeStruct(*out[:2]) for out in outs]
     return pl.pallas_call(
-      functools.partial(self._kernel, finish),
+      functools.partial(self._kernel, finish, along, keep is not None),
       grid=(self.counts[0] * self.counts[1],),
-      in_specs=[*specs, *(spec for _, spec in ends)],
+      in_specs=specs,
       out_specs=[spec for *_, spec in outs],
       out_shape=shapes,
-      input_output_aliases=aliases or {},
+      input_output_aliases={first: 0} if over else {},
       compiler_params=pltriton.CompilerParams(
         num_warps=self.blocks.warps, num_stages=self.blocks.stages
       ),
@@ -283,7 +315,8 @@ class _Product:
     own = self.place(p)[which]
     return (own, 0) if axis else (0, own)
 
-  def _kernel(self, finish, a, b, *refs):
+  def _kernel(self, finish, along, has_keep, a, b, *refs):
+    place = self.place(pl.program_id(0))
     step = min(self.blocks.contracted, self.contracted)
 
     def add(k, sums):
@@ -292,6 +325,20 @@ class _Product:
       right = b[:, at] if self.axes[1] else b[at, :]
       return sums + reference.dot(left, right, self.axes[:1], self.axes[1:])
 
-    zeros = jnp.zeros(self.sizes, jnp.float32)
-    y = lax.fori_loop(0, self.contracted // step, add, zeros)
-    finish(y, self.place(pl.program_id(0)), *refs)
+    steps, sums = self.contracted // step, jnp.zeros(self.sizes, jnp.float32)
+    if has_keep:
+      keep, refs = refs[0], refs[1:]
+      each = steps // keep.shape[1]
+      # Blocks of a part of the product's axis have one row of it.
+      row = place[along] // (self.counts[along] // keep.shape[0])
+
+      def part(t, sums):
+        def all_of_it(sums):
+          return lax.fori_loop(t * each, (t + 1) * each, add, sums)
+
+        return lax.cond(keep[row, t] != 0, all_of_it, lambda s: s, sums)
+
+      sums = lax.fori_loop(0, keep.shape[1], part, sums)
+    else:
+      sums = lax.fori_loop(0, steps, add, sums)
+    finish(sums, place, *refs)

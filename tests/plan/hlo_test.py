@@ -133,6 +133,44 @@ def test_collectives_and_what_a_device_sends_of_each():
   }
 
 
+# A gather that begins before a loop, goes on in its rounds and ends after it,
+# and one of the loop's own: as TPU programs have them beside windowed products.
+BESIDE = """
+%body (q: (s32[], bf16[1,128])) -> (s32[], bf16[1,128]) {
+  %q = (s32[], bf16[1,128]{1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%q), index=0
+  %x1 = bf16[1,128]{1,0} get-tuple-element(%q), index=1
+  %h1 = bf16[4,128]{1,0} fusion(%x1), kind=kCustom, calls=%done
+  %own = bf16[4,128]{1,0} all-gather(%x1), channel_id=8, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="4"}
+  %one = s32[] constant(1)
+  %next = s32[] add(%j, %one)
+  ROOT %t = (s32[], bf16[1,128]{1,0}) tuple(%next, %x1)
+}
+
+%condition (p2: (s32[], bf16[1,128])) -> pred[] {
+  %p2 = (s32[], bf16[1,128]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p2), index=0
+  %eight = s32[] constant(8)
+  ROOT %lt = pred[] compare(%i, %eight), direction=LT
+}
+
+ENTRY %main (x: bf16[1,128]) -> bf16[4,128] {
+  %x = bf16[1,128]{1,0} parameter(0)
+  %f = (bf16[1,128]{1,0}, bf16[4,128]{1,0}) fusion(%x), kind=kCustom, calls=%start
+  %zero = s32[] constant(0)
+  %first = (s32[], bf16[1,128]{1,0}) tuple(%zero, %x)
+  %loop = (s32[], bf16[1,128]{1,0}) while(%first), condition=%condition, body=%body
+  ROOT %h = bf16[4,128]{1,0} fusion(%x), kind=kCustom, calls=%done
+}
+"""
+
+
+def test_a_collective_that_runs_beside_a_loop_is_run_once():
+  text = COLLECTIVES.split('%sum')[0] + BESIDE
+  gathers = _count(text).collectives['all-gather']
+  assert (gathers.count, gathers.bytes) == (1 + 8, (1 + 8) * 1024)
+
+
 def test_what_lies_in_other_memory_is_no_traffic():
   text = """
 ENTRY %main (a: f32[256]) -> f32[256] {

@@ -147,22 +147,40 @@ class _Counter:
   def __init__(self, module, dear):
     self.module, self.dear, self.known = module, dear, {}
 
-  def computation(self, name, outer=None) -> Cost:
+  def computation(self, name, outer=None, around=frozenset()) -> Cost:
+    """The cost of a computation.
+
+    Args:
+      name: its name.
+      outer: the loop whose body it is, and the computation of that one.
+      around: chains of collectives that run while it does, counted there.
+    """
     if name in self.known:
       return self.known[name]
-    cost, seen = Cost(), set()
+    cost, seen = Cost(), set(around)
     inside = self.module.computations[name]
+    around = around | self._chains(inside)
     for instruction in inside.instructions:
-      self._instruction(cost, instruction, inside, outer, seen)
+      self._instruction(cost, instruction, inside, outer, seen, around)
     self.known[name] = cost
     return cost
 
-  def _instruction(self, cost, i, inside, outer, seen):
+  def _chains(self, inside):
+    """The chains of which a computation has a part, loops left out."""
+    found = set()
+    for i in inside.instructions:
+      if i.opcode == 'fusion':
+        found |= self._chains(self.module.computations[i.called('calls')[0]])
+      elif chain := _chain(i):
+        found.add(chain)
+    return found
+
+  def _instruction(self, cost, i, inside, outer, seen, around):
     if i.opcode == 'while':
       trips = hlo.trip_count(self.module, i, inside, outer)
       if trips is None:
         cost.unknown_loops += 1
-      body = self.computation(i.called('body')[0], (i, inside, outer))
+      body = self.computation(i.called('body')[0], (i, inside, outer), around)
       cost.add(body, 1 if trips is None else trips)
       return
     if i.opcode == 'conditional':
@@ -377,14 +395,21 @@ def group_size(attributes: str) -> int:
   return int(size) if size else len(listed.split(','))
 
 
-def _collective(cost, kind, i, inside, caller, seen):
-  # One that runs beside others is written once for each of them.
+def _chain(i):
+  """What all parts of a collective that runs beside others have in common.
+
+  It is written once for each of what it runs beside, in loops, too.
+  """
   chain, channel = _CHAIN.search(i.attributes), _CHANNEL.search(i.attributes)
+  return chain and (chain[1], channel and channel[1])
+
+
+def _collective(cost, kind, i, inside, caller, seen):
+  chain = _chain(i)
+  if chain in seen:
+    return
   if chain:
-    key = (chain[1], channel and channel[1])
-    if key in seen:
-      return
-    seen.add(key)
+    seen.add(chain)
   shapes = i.shapes
   if i.opcode.endswith('-start') and len(shapes) > 1:
     # Operands, then results; a permute's tuple also holds what it waits with.

@@ -213,6 +213,9 @@ def test_the_command_prints_a_table(capsys, galore, cache):
   texts = ('optimizer moments', 'fits: ', 'adamw in float32 would hold ')
   for text in (*texts, table.size(plan.needed)):
     assert text in out
+  dear = {**plan.dear, 'bytes': 2 * plan.bytes, 'unknown': 7}
+  text = table.one(dataclasses.replace(plan, dear=dear))
+  assert '(7 loops of unknown length in them count once)' in text
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,8 @@ class Plan:
     collectives: kind -> count, bytes, sent.
     seconds: see `cost.roofline`: estimates.
     dear: flops, bytes and seconds of a step that takes the dearest branches
-      (finds subspaces anew).
+      (finds subspaces anew), and how many loops in these, whose length depends
+      on the data, are counted once.
     unknown: loops and kernels that could not be counted.
     versions: of what compiled it.
     compile_seconds: how long that took.
@@ -358,6 +359,7 @@ def _cost(module, topology):
       'flops': dict(dear.flops),
       'bytes': dear.bytes,
       'seconds': cost.roofline(dear, chip),
+      'unknown': dear.unknown_loops - plain.unknown_loops,
     },
     'unknown': {
       'loops': plain.unknown_loops,

@@ -120,6 +120,8 @@ def _cost(plan, model_flops):
       f'  with the dearest branches {dear:.4g} FLOPs,'
       f' {size(plan.dear["bytes"])} read and written'
     )
+    if n := plan.dear['unknown']:
+      lines.append(f'    ({n} loops of unknown length in them count once)')
   for what, n in plan.unknown.items():
     if n:
       lines.append(f'  {n} {what} of unknown cost, counted once or not at all')

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from frugax import kernels, lowbit
+from frugax import kernels, lowbit, quant
 from frugax.plan import topologies
 
 _DUMP = os.environ['MOSAIC_GPU_DUMP_TO']
@@ -81,6 +81,42 @@ def products():
   w = ((256, 512), jnp.bfloat16)
   yield 'int8 linear', functools.partial(linear, 'int8'), [x, w]
   yield from losses()
+  yield from copies()
+
+
+def copies():
+  """What is chosen where nothing is asked for."""
+  quest = quant.Scaling(statistic='rms', factor=2.51393, eps=1e-8)
+  for name, rows, columns, shape in (
+    ('', 'int8', 'int8', (512, 512)),
+    (
+      ' odd',
+      kernels.Copy('rise4', scaling=quest, mask='trust', sums=True),
+      kernels.Copy('int4', 'tokens', signs=True, stochastic=True, sums=True),
+      (200, 333),
+    ),
+    (
+      ' groups',
+      kernels.Copy('int8', signs=True, stochastic=True),
+      kernels.Copy(scaling=quant.Scaling((1, 64)), mask='clip', sums=True),
+      (256, 512),
+    ),
+    (
+      ' float8',
+      kernels.Copy('fp8_e4m3', signs=True, stochastic=True),
+      kernels.Copy('fp8_e5m2', 'tokens'),
+      (256, 512),
+    ),
+  ):
+    fn = functools.partial(
+      kernels.hadamard_quantize,
+      rows=rows,
+      columns=columns,
+      key=jax.random.key(0),
+      signs=jax.random.key(1),
+    )
+    for dtype in ('bfloat16', 'float32'):
+      yield f'copies of {dtype}{name}', fn, [(shape, dtype)]
 
 
 def losses():

@@ -94,3 +94,15 @@ def test_the_loss_multiplies_bfloat16_as_it_is(layout):
 def test_the_loss_has_no_logits_in_memory(layout):
   """At the shapes of Gemma-2 2B's head, where they are 8.4 GB in float32."""
   assert compiled()[f'loss {layout} gemma']['temporaries'] < 0.15e9
+
+
+@needs_ptx_of_triton
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+def test_rotations_are_multiplied_in_bfloat16(dtype):
+  """Those of float32, too, in three parts."""
+  names = [n for n in compiled() if n.startswith(f'copies of {dtype}')]
+  assert len(names) == 4
+  for name in names:
+    found = compiled()[name]['instructions']
+    assert found['hadamard_quantize'] and found['hadamard_quantize_scales']
+    assert operands(name) == {'bf16.bf16'}, name

@@ -17,6 +17,7 @@ from frugax.quant import Scaling
 
 P = PartitionSpec
 KEYS = {'key': jax.random.key(1), 'signs': jax.random.key(2)}
+each_kernel = pytest.mark.parametrize('kernel', ['mosaic', 'triton'])
 QUEST = Scaling(statistic='rms', factor=2.51393, eps=1e-8)
 
 
@@ -157,6 +158,7 @@ CASES = {
 
 # Where all blocks are alike XLA may take their factor out of a product, and
 # integers lie half-way so often that it shows: hence no 64 tokens.
+@each_kernel
 @pytest.mark.parametrize(
   ('name', 'shape'),
   [
@@ -168,10 +170,10 @@ CASES = {
     ('fp8', (128, 256)),
   ],
 )
-def test_the_kernel_is_the_reference_and_the_definition(name, shape):
+def test_the_kernel_is_the_reference_and_the_definition(name, shape, kernel):
   x, (rows, columns) = integers(shape), CASES[name]
   exact = 'absmax' == rows.scaling.statistic == columns.scaling.statistic
-  found = copies(x, rows, columns, interpret=True)
+  found = copies(x, rows, columns, implementation=kernel, interpret=True)
   same(found, copies(x, rows, columns), exact)
   for copy, result, by_rows in zip(
     (rows, columns), found, (True, False), strict=True
@@ -179,6 +181,7 @@ def test_the_kernel_is_the_reference_and_the_definition(name, shape):
     check(x, copy, result, by_rows)
 
 
+@each_kernel
 @hypothesis.settings(max_examples=3, deadline=None, derandomize=True)
 @hypothesis.given(
   tokens=st.integers(1, 200),
@@ -187,14 +190,15 @@ def test_the_kernel_is_the_reference_and_the_definition(name, shape):
   along=st.sampled_from(['features', 'tokens', 'none']),
   by_rows=st.booleans(),
 )
-def test_any_shape(tokens, features, format, along, by_rows):
+def test_any_shape(kernel, tokens, features, format, along, by_rows):
   x = np.random.default_rng(tokens).standard_cauchy((tokens, features))
   x = jnp.asarray(x, jnp.float32)
   copy = Copy(format, along, mask='trust')
   args = (copy, None) if by_rows else (None, copy)
   found = copies(x, *args)
   check(x, copy, found[0 if by_rows else 1], by_rows)
-  same(copies(x, *args, interpret=True), found, exact=False)
+  interpreted = copies(x, *args, implementation=kernel, interpret=True)
+  same(interpreted, found, exact=False)
 
 
 def test_random_bits_depend_on_the_place_alone():
@@ -204,10 +208,12 @@ def test_random_bits_depend_on_the_place_alone():
   bits = quant.random_bits(KEYS['key'], x.shape)
   expected = quant.element('int4').round(x, bits)
   np.testing.assert_array_equal(whole.codes.astype(jnp.float32), expected)
-  part, _ = copies(
-    x[32:, 128:], copy, None, start=(32, 128), width=384, interpret=True
-  )
-  np.testing.assert_array_equal(part.codes, whole.codes[32:, 128:])
+  for kernel in ('mosaic', 'triton'):
+    how = {'implementation': kernel, 'interpret': True}
+    part, _ = copies(
+      x[32:, 128:], copy, None, start=(32, 128), width=384, **how
+    )
+    np.testing.assert_array_equal(part.codes, whole.codes[32:, 128:])
 
   mesh = jax.make_mesh((2, 4), ('a', 'b'), axis_types=(AxisType.Auto,) * 2)
 
@@ -243,14 +249,17 @@ def test_stochastic_rounding_has_no_bias():
   assert (found.codes != columns.codes).mean() > 0.3
 
 
-@pytest.mark.parametrize('interpret', [False, True])
-def test_nothing_becomes_nan_that_was_none(interpret):
+@pytest.mark.parametrize('implementation', ['xla', 'mosaic', 'triton'])
+def test_nothing_becomes_nan_that_was_none(implementation):
+  interpret = implementation != 'xla'
   x = np.random.default_rng(0).normal(size=(40, 256)).astype(np.float32)
   x[1], x[2, 5], x[2, 9], x[3, 7] = 0, np.inf, -np.inf, np.nan
   x[4], x[5], x[6, 3], x[7] = 1e-41, 3e38, -np.inf, -2.5
   for rows in (Copy(), Copy('rise4', scaling=QUEST), Copy('int4', 'none')):
     found, columns = copies(
-      jnp.asarray(x), rows, Copy('int8'), interpret=interpret
+      *(jnp.asarray(x), rows, Copy('int8')),
+      implementation=implementation,
+      interpret=interpret,
     )
     y = np.asarray(found.dequantize())
     assert np.isnan(y[3, 7]) and np.isfinite(np.delete(y, 3, 0)).all()
@@ -295,6 +304,7 @@ def test_errors_name_the_value_and_the_way_out():
   for match, call in [
     (r"'mosiac'.*did you mean 'mosaic'", {'implementation': 'mosiac'}),
     ('needs a TPU', {'implementation': 'mosaic'}),
+    ('needs a Hopper GPU', {'implementation': 'triton'}),
     ('only a kernel', {'implementation': 'xla', 'interpret': True}),
     ('give a key', {'rows': Copy(stochastic=True)}),
     (r'signs=jax\.random\.key', {'rows': Copy(signs=True)}),
@@ -303,6 +313,14 @@ def test_errors_name_the_value_and_the_way_out():
     (
       'groups of 100 tokens',
       {'columns': Copy(scaling=Scaling((1, 100))), 'interpret': True},
+    ),
+    (
+      'groups of 40 tokens: kernels take multiples of 16',
+      {
+        'columns': Copy(scaling=Scaling((1, 40))),
+        'implementation': 'triton',
+        'interpret': True,
+      },
     ),
   ]:
     big = jnp.ones((128, 8)) if 'groups of' in match else x
@@ -323,3 +341,18 @@ def test_errors_name_the_value_and_the_way_out():
   ]:
     with pytest.raises(ValueError, match=match):
       Copy(**fields)
+
+
+def test_hopper_has_a_kernel_of_its_own():
+  """And XLA what it does not do, if nothing is asked for."""
+  device = jax.sharding.AbstractDevice(
+    device_kind='NVIDIA H200', num_cores=1, platform='gpu'
+  )
+  abstract = jax.sharding.AbstractMesh((1,), ('x',), abstract_device=device)
+  for group, kernels in ((48, 2), (40, 0)):
+    columns = Copy(scaling=Scaling((1, group)))
+    with jax.sharding.use_abstract_mesh(abstract):
+      traced = jax.jit(
+        lambda x, c=columns: hadamard_quantize(x, None, c)
+      ).trace(jnp.ones((128, 8)))
+    assert str(traced.jaxpr).count('pallas_call') == kernels

@@ -21,7 +21,7 @@ IMPLEMENTATIONS = {
   'triton': {'implementation': 'triton', 'interpret': True},
 }
 each_implementation = pytest.mark.parametrize('name', IMPLEMENTATIONS)
-few = hypothesis.settings(deadline=None, max_examples=6, derandomize=True)
+few = hypothesis.settings(deadline=None, max_examples=4, derandomize=True)
 
 
 def data(n, vocabulary, d, mean=0.0, seed=0, layout='NN', ignored=0.2):

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 
 from frugax import names
 from frugax.kernels import chips, counter
-from frugax.kernels.hadamard_quantize import reference, tpu
+from frugax.kernels.hadamard_quantize import reference, steps, tpu, triton
 from frugax.kernels.hadamard_quantize.options import Copy, Rounded
+
+_IMPLEMENTATIONS = ('mosaic', 'triton', 'xla')
 
 
 def hadamard_quantize(
@@ -42,7 +44,9 @@ def hadamard_quantize(
   twice. If they fit into VMEM (bfloat16 of 4096 x 4096 does, on all chips),
   they stay there and x is read from memory once; else it is read twice.
   `Scaling((1, n))` gives each n tokens scales of their own, which always
-  fit if n is small: groups of 512 do not slow down a product.
+  fit if n is small: groups of 512 do not slow down a product. On Hopper there
+  are two kernels, one for the statistics and one for the codes, of both copies
+  each: the second reads x from the cache if it fits there (50 MB).
 
   Random bits are those of `frugax.quant.random_bits` for the index of the
   element in the whole array: the same for any block size, on any chip, and on
@@ -67,9 +71,12 @@ def hadamard_quantize(
     start: token and feature at which x starts in the whole array; may be
       traced, as from `jax.lax.axis_index`.
     width: features of the whole array; None is those of x.
-    implementation: 'mosaic' (a TPU kernel), 'xla', or None for the kernel on
-      TPUs and XLA elsewhere.
-    interpret: run the kernel as plain JAX, on any platform.
+    implementation: 'mosaic' (a TPU kernel), 'triton' (kernels for Hopper GPUs),
+      'xla', or None for the kernel on TPUs, for those on Hopper (on one device
+      or within `jax.shard_map`, and where groups are multiples of 16 tokens, or
+      of 128 with a rotation along them), and XLA elsewhere.
+    interpret: run the kernel as plain JAX, on any platform, that of TPUs if no
+      other is asked for.
 
   Returns:
     The copies by rows and by columns, or None for what was not asked for.
@@ -98,13 +105,6 @@ def hadamard_quantize(
     NVIDIA, `Pretraining Large Language Models with NVFP4
     <https://arxiv.org/abs/2509.25149>`_, 2025 (a rotation along the tokens)
   """
-  if implementation not in (None, *chips.IMPLEMENTATIONS):
-    raise names.unknown('implementation', implementation, chips.IMPLEMENTATIONS)
-  if implementation not in (None, 'mosaic', 'xla'):
-    raise ValueError(
-      f'hadamard_quantize: implementation={implementation!r}: its kernel is '
-      "for TPUs alone; give 'xla', or None for the best there is"
-    )
   rows = Copy(rows) if isinstance(rows, str) else rows
   columns = Copy(columns) if isinstance(columns, str) else columns
   copies = [c for c in (rows, columns) if c]
@@ -115,24 +115,41 @@ def hadamard_quantize(
   x = x.reshape(-1, shape[-1])
   flips = _signs(x.shape, copies, signs, start)
   words = _words(copies, key, start, width or shape[-1])
-  kernel = interpret or chips.tpu() is not None
-  if implementation == 'xla' or (implementation is None and not kernel):
-    if interpret:
-      raise ValueError(
-        "interpret=True with implementation='xla': only a kernel can be "
-        "interpreted; give implementation='mosaic' or interpret=False"
-      )
+  which = _choose(implementation, interpret, len(x), rows, columns)
+  if which == 'xla':
     found = _by_reference(x, rows, columns, flips, words)
-  elif kernel:
-    found = tpu.copies_of(x, rows, columns, flips, words, interpret)
   else:
-    raise ValueError(
-      "hadamard_quantize: implementation='mosaic' needs a TPU: give "
-      'interpret=True to run it elsewhere, or trace it under jax.set_mesh with '
-      'the devices of a topology to compile for one'
-    )
+    kernel = tpu if which == 'mosaic' else triton
+    found = kernel.copies_of(x, rows, columns, flips, words, interpret)
   by_rows, by_columns = (c and _shaped(c, shape) for c in found)
   return by_rows and _by_rows(by_rows, shape), by_columns
+
+
+def _choose(implementation, interpret, tokens, rows, columns):
+  if implementation not in (None, *_IMPLEMENTATIONS):
+    raise names.unknown('implementation', implementation, _IMPLEMENTATIONS)
+  if interpret and implementation == 'xla':
+    raise ValueError(
+      "interpret=True with implementation='xla': only a kernel can be "
+      "interpreted; give implementation='mosaic' or interpret=False"
+    )
+  if interpret:
+    return implementation or 'mosaic'
+  chip = 'mosaic' if chips.tpu() else 'triton' if chips.current() else 'xla'
+  if implementation is None:
+    if chip == 'triton' and not (
+      chips.uncut() and triton.refusal(tokens, rows, columns) is None
+    ):
+      return 'xla'
+    return chip
+  if implementation not in ('xla', chip):
+    needs = 'a TPU' if implementation == 'mosaic' else 'a Hopper GPU'
+    raise ValueError(
+      f'hadamard_quantize: implementation={implementation!r} needs {needs}: '
+      'give interpret=True to run it elsewhere, or trace it under jax.set_mesh '
+      'with the devices of a topology to compile for one'
+    )
+  return implementation
 
 
 def _check(x, rows, copies, key, signs):
@@ -174,14 +191,6 @@ def _words(copies, key, start, width):
   return jnp.stack([*first, *second, *place])
 
 
-def _bits(copy, shape, words, word):
-  if not copy.stochastic:
-    return None
-  row, column = (jax.lax.broadcasted_iota('uint32', shape, n) for n in (0, 1))
-  index = (row + words[4]) * words[6] + column + words[5]
-  return counter.bits(words[word], words[word + 1], index)
-
-
 def _by_reference(x, rows, columns, flips, words):
   found = []
   for copy, by_rows in ((rows, True), (columns, False)):
@@ -189,7 +198,9 @@ def _by_reference(x, rows, columns, flips, words):
       found.append(None)
       continue
     signs = flips.get(copy.along) if copy.signs else None
-    random = _bits(copy, x.shape, words, 0 if by_rows else 2)
+    random = None
+    if copy.stochastic:
+      random = steps.bits(words, 0 if by_rows else 2, x.shape)
     found.append(reference.copy_of(x, copy, by_rows, signs, random))
   return found
 

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -287,7 +286,7 @@ class _Step:
     return (x if inside is None else jnp.where(inside, x, 0)).astype(dtype)
 
   def _dot(self, a, b):
-    return _dot(a, b, self.interpret)
+    return steps.dot(a, b, self.interpret)
 
   def _turned(self, copy, x, tile):
     """The product with a rotation's signs, in float32."""
@@ -363,16 +362,3 @@ def _ended(copy: Copy, total, axis):
     )
     return jnp.where(jnp.isnan(sums), sums, largest)
   return total.sum(axis, keepdims=True)
-
-
-def _dot(a: jax.Array, b: jax.Array, interpret: bool = False) -> jax.Array:
-  if interpret:  # CPUs do not have all products of bfloat16.
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-  exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-  return lax.dot_general(
-    a,
-    b,
-    (((1,), (0,)), ((), ())),
-    precision=exact,
-    preferred_element_type=jnp.float32,
-  )

@@ -1,9 +1,12 @@
 """The arithmetic that all implementations share, on any part of the matrix."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from frugax.kernels import counter
 from frugax.kernels.hadamard_quantize.options import TILE, Copy
 from frugax.quant import Scaling
 
@@ -104,8 +107,52 @@ def step(
   return scale, 1 / scale * gain
 
 
+def dot(a: jax.Array, b: jax.Array, interpret: bool = False) -> jax.Array:
+  """The product within a kernel, in float32 and with its sums alone rounded."""
+  if interpret:  # CPUs do not have all products of bfloat16.
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+  exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+  return jax.lax.dot_general(
+    a,
+    b,
+    (((1,), (0,)), ((), ())),
+    precision=exact,
+    preferred_element_type=jnp.float32,
+  )
+
+
+def bits(
+  words: jax.Array,
+  word: int,
+  shape: tuple[int, int],
+  start: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike] = (0, 0),
+) -> jax.Array:
+  """Random bits of a part of x.
+
+  Args:
+    words: uint32, (7,): two for each copy, then the first row and column of x
+      and the number of columns in the array of which x is a part.
+    word: the first of the copy's two.
+    shape: of the part.
+    start: its first row and column in x.
+
+  Returns:
+    uint32 of this shape.
+  """
+  row, column = (
+    jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    + jnp.asarray(start[axis]).astype(jnp.uint32)
+    for axis in (0, 1)
+  )
+  index = (row + words[4]) * words[6] + column + words[5]
+  return counter.bits(words[word], words[word + 1], index)
+
+
 def codes(
-  copy: Copy, t: jax.Array, random: jax.Array | None = None
+  copy: Copy,
+  t: jax.Array,
+  random: jax.Array | None = None,
+  nearest: Callable = jnp.round,
 ) -> jax.Array:
   """The codes of rotated numbers over their scale.
 
@@ -113,6 +160,7 @@ def codes(
     copy: with the format.
     t: float32.
     random: uint32 of t's shape rounds stochastically.
+    nearest: rounds to the nearest integer, and what is half-way to an even one.
 
   Returns:
     Integers in float32, or an array in the format's dtype.
@@ -130,7 +178,7 @@ def codes(
   if e.rise:
     t = t + 0.5
   if random is None:
-    t = jnp.round(t)
+    t = nearest(t)
   else:
     below = jnp.floor(t)
     # The 24 bits fit into an int32, which all chips convert.

@@ -244,9 +244,9 @@ def check_fused(
   name, format, layout, m, n, k, rotate, fold, dtype=jnp.bfloat16
 ):
   e, scaling = element(format), FORMATS[format]
-  w_dtype = {'int8': 'int8'}.get(e.dtype, 'float8_e4m3fn')
-  if e.dtype == 'int8' and e.bits <= 4:
-    w_dtype = 'int4'
+  w_dtype = 'float8_e4m3fn'
+  if e.dtype == 'int8':
+    w_dtype = 'int4' if e.bits <= 4 else 'int8'
   w_shift = 0.5 if e.rise else 0.0
   shapes = laid_out(layout, m, n, k)
   x_shape, w_shape = shapes[::-1] if layout == 'TN' else shapes
@@ -266,8 +266,7 @@ def check_fused(
     **IMPLEMENTATIONS[name],
   )
   got = jax.jit(fused)(x, w, t, fold=f)
-  # With x's contracted axis last.
-  v = exact(x).T if x_axis == 0 else exact(x)
+  v = exact(x).T if x_axis == 0 else exact(x)  # contracted axis last
   if fold:
     v = v * f.astype('d')
   if rotate:
@@ -320,8 +319,10 @@ def test_every_format(name, format):
   check_fused(name, format, layout, 140, 150, 261, True, False)
 
 
+@pytest.mark.parametrize('halves', [False, True])
 @pytest.mark.parametrize('layout', LAYOUTS)
-def test_fused_kernels_in_every_layout(layout):
+def test_fused_kernels_in_every_layout(monkeypatch, layout, halves):
+  monkeypatch.setattr(chips, 'halves', lambda: halves)
   check_fused('mosaic', 'rise4', layout, 140, 150, 261, True, False)
   check_fused('mosaic', 'int8', layout, 140, 150, 261, False, True)
 

@@ -1,5 +1,6 @@
 """Codes of numbers half-way between two, to which random ones seldom come."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +16,10 @@ def test_what_is_half_way_goes_to_the_even_multiple(format):
   top, half = rounding.element.top, rounding.shift
   below = np.clip(x + half, half - top, half + top)
   want = np.rint(below) - (1 if half else 0)
-  got = rounding.codes(jnp.asarray(x, jnp.float32))
+  x = jnp.asarray(x, jnp.float32)
+  codes = jax.jit(rounding.codes, static_argnums=1)
+  got = codes(x, False)
   assert rounding.offset % 2**8 == 0
   np.testing.assert_array_equal(got - rounding.offset, want)
   np.testing.assert_array_equal(got.astype(jnp.int8), want)
+  np.testing.assert_array_equal(codes(x, True), want)

@@ -74,6 +74,11 @@ def _hopper():
   return getattr(device, 'compute_capability', None) == '9.0'
 
 
+def halves() -> bool:
+  """Whether the vector unit of the chip calculates with integers of 16 bits."""
+  return tpu() in ('v6e', 'tpu7x')
+
+
 def gains(kind: str) -> bool:
   """Whether a kernel multiplies this kind faster than XLA, and can run here.
 

@@ -82,17 +82,18 @@ class Rounding:
   def finish(self, gathered: jax.Array, axis: int, size: int) -> jax.Array:
     """The scale of each row, from what was gathered along an axis of it."""
     s = self.scaling
-    nan = jnp.isnan(gathered).astype(jnp.float32).max(axis, keepdims=True)
     if s.statistic == 'absmax':
+      nan = jnp.isnan(gathered).astype(jnp.float32).max(axis, keepdims=True) > 0
       statistic = gathered.max(axis, keepdims=True)
     else:
       statistic = gathered.sum(axis, keepdims=True) * np.float32(1 / size)
+      nan = jnp.isnan(statistic)
       if s.statistic == 'rms':
         statistic = jnp.sqrt(statistic)
     alpha = jnp.maximum(s.factor * statistic + s.eps, s.floor)
     alpha = jnp.minimum(alpha, _LARGEST)
     step = jnp.maximum(alpha * np.float32(1 / self.element.top), _TINY)
-    return jnp.where(nan > 0, jnp.nan, step)
+    return jnp.where(nan, jnp.nan, step)
 
   @property
   def invariant(self) -> bool:
@@ -112,18 +113,28 @@ class Rounding:
     """Of `codes` against the codes of integers: a multiple of 2^8."""
     return -int(_MIDDLE.view(np.int32)) if self.shift else 2**22
 
-  def codes(self, x: jax.Array) -> jax.Array:
-    """Of numbers over their scale: 8-bit floats, or int32 plus `offset`."""
+  def codes(self, x: jax.Array, halves: bool = False) -> jax.Array:
+    """Of numbers over their scale: 8-bit floats, or int32 plus `offset`.
+
+    Args:
+      x: float32.
+      halves: integers in int16 instead, without an offset, of which a register
+        holds twice as many.
+    """
     top, half = self.element.top, self.shift
-    # Not added below: XLA would add up both constants, and lose the half.
-    x = jnp.clip(x + half if half else x, half - top, half + top)
+    # Between two limits that differ in sign alone, which is one operation.
+    x = jnp.clip(x, -top, top)
     if not self.sums:
       return x.astype(self.dtype)
     # A sum that lies among the integers is rounded to the nearest of them, or
     # the even one. Its last bits are the code's: a conversion to integers takes
-    # a TPU five operations.
-    if not half:
-      return lax.bitcast_convert_type(_MIDDLE + x, jnp.int32) & (2**23 - 1)
-    # Mid-rise, what is half-way goes to the even multiple before a half is
-    # taken off: 0 to -1/2, whose code is -1. All bits of -n turned are n - 1.
-    return ~lax.bitcast_convert_type(_MIDDLE - x, jnp.int32)
+    # a TPU five operations. Mid-rise, what is half-way goes to the even
+    # multiple before a half is taken off: 0 to -1/2, whose code is -1. All bits
+    # of -n turned are n - 1.
+    x = _MIDDLE - (x + half) if half else _MIDDLE + x
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    if halves:
+      bits = bits.astype(jnp.int16)
+    elif not half:
+      bits &= 2**23 - 1
+    return ~bits if half else bits

@@ -11,13 +11,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from frugax.kernels import blocks as tables
-from frugax.kernels import products
+from frugax.kernels import chips, products
 from frugax.kernels.products import LAYOUTS
 from frugax.kernels.quantize_matmul.rounding import Rounding
 from frugax.kernels.quantized_matmul.reference import scaled
 
 _TILE = 128
-_UNROLL = 48
+_UNROLL = 48  # tiles of a row
+_ROWS = 128  # tiles of several rows
 _LARGEST = 2.0**100
 
 
@@ -35,6 +36,7 @@ class _Plan(NamedTuple):
   has_fold: bool
   has_ends: bool  # scales, and perhaps terms, of w
   residuals: bool
+  halves: bool  # whether to count codes in int16
   interpret: bool
 
   @property
@@ -111,6 +113,7 @@ def quantize_matmul(
     fold is not None,
     ends is not None,
     residuals,
+    _halves(rounding, size),
     interpret,
   )
   x = products.pad(x, axis, plan.padded)
@@ -171,6 +174,12 @@ def quantize_matmul(
   if plan.padded != size:
     codes = lax.slice_in_dim(codes, 0, size, axis=axis)
   return (y, codes, *(part.reshape(plan.at(m, 1)) for part in line))
+
+
+def _halves(rounding, size):
+  """Whether a chip is quick in int16, and codes of all tiles add up there."""
+  tiles = -(-size // _TILE)
+  return rounding.sums and chips.halves() and tiles * 2**7 < 2**15
 
 
 def _w_spec(w_axis, bn, bk):
@@ -270,6 +279,7 @@ def _quantize(plan, x, fold, h, codes, line, results):
   rounding, axis = plan.rounding, plan.axis
   whole, rest = divmod(plan.size, _TILE)
   zeros = jnp.zeros(plan.at(_TILE, _TILE), jnp.float32)
+  offset = rounding.offset if rounding.sums and not plan.halves else 0
 
   def load(r, c):
     v = x[plan.at(pl.ds(r, _TILE), pl.ds(c, _TILE))]
@@ -314,27 +324,29 @@ def _quantize(plan, x, fold, h, codes, line, results):
         if part:
           v = v * _norm(h, axis, part)
       v = v.astype(jnp.float32) * inverses[part]
-      q = rounding.codes(v)
+      q = rounding.codes(v, plan.halves)
       if part:
         place = lax.broadcasted_iota(jnp.int32, q.shape, axis)
-        zero = jnp.full_like(q, rounding.offset if rounding.sums else 0)
-        q = jnp.where(place < rest, q, zero)
+        q = jnp.where(place < rest, q, jnp.full_like(q, offset))
       codes[plan.at(pl.ds(r, _TILE), pl.ds(c, _TILE))] = q.astype(codes.dtype)
       return total + q if rounding.sums else total
 
     # In int32 the sums of the offsets go round, and come back. Mosaic adds up
     # rows in float32, in which what is left is exact.
-    total = each(write, zeros.astype(jnp.int32))
+    total = each(write, zeros.astype(jnp.int16 if plan.halves else jnp.int32))
     if rounding.sums:
       tiles = whole + bool(rest)
-      total = total - np.int32(
-        np.int64(tiles * rounding.offset).astype(np.int32)
-      )
+      total = total.astype(jnp.int32)
+      total = total - np.int32(np.int64(tiles * offset).astype(np.int32))
       total = total.astype(jnp.float32).sum(axis, keepdims=True)
       line[1][here] = total.astype(jnp.int32)
     return 0
 
-  lax.fori_loop(0, plan.rows // _TILE, some_rows, 0)
+  # Several short rows at once, so that some are written while the scales of
+  # others are computed.
+  count = plan.rows // _TILE
+  unroll = 1 if whole > _UNROLL else _unroll(count, _ROWS // max(whole, 1))
+  lax.fori_loop(0, count, some_rows, 0, unroll=unroll)
   for kept, result in zip(line, results, strict=True):
     if result is not None:
       result[...] = _flat(kept[...], axis).astype(result.dtype)
@@ -359,9 +371,9 @@ def _flat(x, axis):
   return jnp.concatenate([square[n : n + 1] for n in range(count)], 1)
 
 
-def _unroll(count):
-  """A row at a time if it is short: loops keep operations from overlapping."""
-  return max(n for n in range(1, _UNROLL + 1) if count % n == 0)
+def _unroll(count, most=_UNROLL):
+  """What is short at once: loops keep operations from overlapping."""
+  return max(n for n in range(1, max(most, 1) + 1) if count % n == 0)
 
 
 def _rotated(v, h, axis, part, rounding):

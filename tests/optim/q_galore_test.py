@@ -99,3 +99,16 @@ def test_codes_are_never_taken_for_moments():
   )
   with pytest.raises(ValueError, match=r"moments=Moments\('rotate'"):
     tx.init({'w': jnp.zeros((M, N))})
+
+
+def test_stacked_vectors_are_rounded_as_those_of_a_layer():
+  """Not as a matrix, which would have enough elements to be in 8 bits."""
+  axes = {'w': optim.MatrixAxes((-2,), (-1,)), 'norm': ('layers', 'embed')}
+  stack = {'w': jnp.zeros((8, M, N)), 'norm': jnp.zeros((8, 512))}
+  layer = {'w': stack['w'][0], 'norm': stack['norm'][0]}
+  found = []
+  for params, names in ((stack, axes), (layer, axes | {'norm': ('embed',)})):
+    tx = optim.q_galore(0.1, rank=RANK, axes=names)
+    state = jax.eval_shape(tx.init, params)
+    found.append(jax.tree.structure(state))
+  assert found[0] == found[1]

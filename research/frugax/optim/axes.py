@@ -293,6 +293,38 @@ def layer_axes(
   return found
 
 
+def handed_on(axes: Any | Callable[[Any], Any] | None) -> Callable[[Any], Any]:
+  """The axes of what `low_rank` hands to the transformation that it wraps.
+
+  Its matrices lie in the last two axes. Arrays that it leaves whole keep the
+  names of theirs, by which a stack of vectors is told from a matrix.
+
+  Args:
+    axes: as `low_rank` has them.
+
+  Returns:
+    A function from the tree that is handed on to its axes.
+
+  Examples:
+    >>> axes = handed_on({'w': MatrixAxes((0,), (2,)), 'norm': ('layers', 'd')})
+    >>> axes({'w': jnp.zeros((3, 4, 5)), 'norm': jnp.zeros((3, 4))})
+    {'norm': ('layers', 'd'), 'w': MatrixAxes(rows=(-2,), cols=(-1,))}
+  """
+
+  def of(tree):
+    own = axes(tree) if callable(axes) else axes
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=_masked)
+    given = [None] * len(leaves) if own is None else treedef.flatten_up_to(own)
+    matrix = MatrixAxes((-2,), (-1,))
+    found = [
+      a if _is_names(a) or _masked(x) else matrix if x.ndim > 1 else None
+      for x, a in zip(leaves, given, strict=True)
+    ]
+    return treedef.unflatten(found)
+
+  return of
+
+
 def _default(path, leaf):
   if _masked(leaf) or leaf.ndim < 2:
     return None

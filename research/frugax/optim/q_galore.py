@@ -7,7 +7,7 @@ import jax
 import optax
 
 from frugax.optim.adam import scale_by_adam_hf, step_and_decay
-from frugax.optim.axes import MatrixAxes
+from frugax.optim.axes import handed_on
 from frugax.optim.low_rank import low_rank
 from frugax.optim.moments import Moments, PolicyFn
 from frugax.optim.projection import ProjectorFn
@@ -102,7 +102,7 @@ def q_galore(
       quantize_state(
         scale_by_adam_hf(b1, b2, eps, correction='moments'),
         codec,
-        axes=_last_two,
+        axes=handed_on(axes),
       ),
       rank=rank,
       update_interval=update_interval,
@@ -117,9 +117,3 @@ def q_galore(
     ),
     step_and_decay(learning_rate, weight_decay, mask),
   )
-
-
-def _last_two(tree):
-  """The matrices that `low_rank` hands on lie in the last two axes."""
-  axes = MatrixAxes((-2,), (-1,))
-  return jax.tree.map(lambda x: axes if x.ndim > 1 else None, tree)

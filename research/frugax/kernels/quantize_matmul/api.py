@@ -68,9 +68,10 @@ def quantize_matmul(
   activations rounded for the forward product, `fold` takes them into x.
 
   The kernel reads x once, in the dtype that it has, rounds a block of rows in
-  VMEM and keeps the codes there for all columns of w. Its codes may differ from
-  the reference's by one where a number is half-way between two, to within a
-  few units in the last place.
+  VMEM and keeps the codes there for all columns of w. By the largest magnitude
+  and without a rotation they are the codes of the reference. Else sums, which
+  are taken in another order, make a code differ by one where a number is
+  half-way between two, to within a few units in the last place.
 
   Args:
     x: (M, K), or (K, N) in layout 'TN'; bfloat16 or float32.

@@ -311,11 +311,8 @@ def _quantize(plan, x, fold, h, codes, line, results):
 
     scale = rounding.finish(each(gather, zeros), axis, plan.size)
     line[0][here] = scale
-    inverse = 1 / scale
     # The norm of whole blocks is one number, and the scale takes it along.
-    inverses = [inverse, inverse]
-    if h is not None:
-      inverses[0] = inverse * np.float32(_TILE**-0.5)
+    inverses = [1 / scale * np.float32(_TILE**-0.5), 1 / scale]
 
     def write(c, part, total):
       v = load(r, c)
@@ -323,7 +320,11 @@ def _quantize(plan, x, fold, h, codes, line, results):
         v = _rotated(v, h, axis, part, rounding)
         if part:
           v = v * _norm(h, axis, part)
-      v = v.astype(jnp.float32) * inverses[part]
+        v = v * inverses[part]
+      else:
+        # To the same code as in `quantize_tiles`. The reciprocal that a TPU
+        # divides by is found once for all tiles.
+        v = v.astype(jnp.float32) / scale
       q = rounding.codes(v, plan.halves)
       if part:
         place = lax.broadcasted_iota(jnp.int32, q.shape, axis)

@@ -253,6 +253,17 @@ ENTRY %%main (a: s8[64,64]) -> s32[64,64] {
   assert _count(text % '{}').unknown_kernels == 1
 
 
+def test_kernels_that_round_have_the_rate_of_what_they_multiply():
+  text = """
+ENTRY %main (x: bf16[64,64], w: s8[64,64]) -> bf16[64,64] {
+  %x = bf16[64,64]{1,0} parameter(0)
+  %w = s8[64,64]{1,0} parameter(1)
+  ROOT %quantize_matmul_int8_NT.1 = bf16[64,64]{1,0} custom-call(%x, %w), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"cost_estimate":{"flops":"524288"}}}
+}
+"""
+  assert _count(text).flops == {'int8': 524288}
+
+
 def test_products_in_the_libraries_of_gpus():
   text = """
 ENTRY %main (a: bf16[32,64], b: bf16[64,16]) -> bf16[32,16] {

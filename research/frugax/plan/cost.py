@@ -314,10 +314,14 @@ def _operand_bytes(i, inside):
 
 
 def _kind(i, inside):
-  """Which rate a product has: that of its wider operand."""
+  """Which rate a product has: that of its wider operand.
+
+  A kernel that rounds its first operand has that of the second.
+  """
   rank = ('int4', 'float8', 'int8', 'bfloat16', 'float32')
   kinds = ['int4']
-  for name in i.operands[:2]:
+  rounds = i.opcode == 'custom-call' and i.name.startswith('quantize_matmul')
+  for name in i.operands[rounds:2]:
     dtype = inside.by_name[name].shapes[0].dtype if i.operands else ''
     if dtype in ('s4', 'u4', 's2', 'u2'):
       kinds.append('int4')

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -447,7 +448,8 @@ def test_the_codes_of_weights_are_gathered(recipe, monkeypatch):
   monkeypatch.setattr(lowbit.Cut, 'parts', lambda *args: None)
   x, w = jnp.ones((3, 4, 6)), jnp.arange(6 * 2 * 4.0).reshape(6, 2, 4)
   dims = (((2,), (0,)), ((), ()))
-  cut = lowbit.Cut(None, ('batch', 'sequence'), ('embed', 'heads', None))
+  layout = types.SimpleNamespace(mesh=types.SimpleNamespace(size=8))
+  cut = lowbit.Cut(layout, ('batch', 'sequence'), ('embed', 'heads', None))
   dot = lowbit.dot_general(lowbit.recipe(recipe), cut=cut)
   plain = lowbit.dot_general(lowbit.recipe(recipe))
   for got, want in zip(

@@ -208,6 +208,17 @@ def shapes(x, name, scaling):
   return jax.eval_shape(lambda x: quantize_tiles(x, name, scaling), x)
 
 
+@pytest.mark.parametrize('format', ['int8', 'int4', 'rise1', 'fp4_e2m1'])
+@pytest.mark.parametrize('size', [1, 37])
+def test_codes_that_are_not_packed_are_the_same(format, size):
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(3, size)))
+  want, got = (quantize_tiles(x, format, packed=p) for p in (True, False))
+  assert got.data.shape == x.shape
+  np.testing.assert_array_equal(got.codes(), want.codes())
+  np.testing.assert_array_equal(got.packed().data, want.data)
+  np.testing.assert_array_equal(want.packed().data, want.data)
+
+
 def test_bytes():
   x = normal(64, 256)
   for name, scaling, each in (

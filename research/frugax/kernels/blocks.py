@@ -6,6 +6,9 @@ Those of TPUs by static cycle counts for v5e, and of `quantize_matmul` for v6e
 
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 # Of the VMEM of a core, 64 MiB on v5p and tpu7x and 128 MiB on v5e and v6e,
 # what a kernel may ask for.
 VMEM_LIMIT = 60 * 2**20
@@ -85,6 +88,29 @@ def fused(
   while columns > 1024 and rows * row + columns * column > 0.9 * VMEM_LIMIT:
     columns //= 2
   return found._replace(rows=rows, columns=columns)
+
+
+def fuses(
+  chip: str | None, kind: str, contracted: int, dtype: jax.typing.DTypeLike
+) -> bool:
+  """Whether a linear layer's forward product gains by `quantize_matmul`.
+
+  A kernel's rounding is not beside its products, but XLA's reads x twice more.
+
+  Args:
+    chip: None for none.
+    kind: of the product.
+    contracted: elements of a row.
+    dtype: of x.
+  """
+  if chip not in ('v5e', 'v5p', 'v6e') or kind not in ('int8', 'int4'):
+    return False
+  if dtype not in ('bfloat16', 'float32'):
+    return False
+  itemsize = jnp.dtype(dtype).itemsize
+  blocks = fused(chip, kind, contracted, (itemsize, itemsize), False)
+  # Fewer would read w too often.
+  return blocks.rows >= 512
 
 
 def cross_entropy(

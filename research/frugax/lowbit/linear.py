@@ -23,6 +23,7 @@ def dot_general(
   key: jax.Array | None = None,
   native: bool | None = None,
   cut: Cut | None = None,
+  implementation: str | None = None,
 ) -> Callable[..., jax.Array]:
   """A function like `jax.lax.dot_general`, computed as a recipe says.
 
@@ -35,6 +36,10 @@ def dot_general(
   are multiplied: integers as int8 with sums in int32, 8-bit floats as they are.
   Mid-rise numbers are integers and a half, so their products take sums over
   rows besides. All else is multiplied in the operands' dtype.
+
+  On TPUs that gain by it (`frugax.kernels.blocks.fuses`) the kernel of the
+  forward product rounds the activations, too, to the codes that XLA would find:
+  of 'int8' and 'int4', where a row lies on one device.
 
   For the backward pass stay the weights, as they are, and of the activations
   the codes that the weights' gradient multiplies (with a mask, a bit each).
@@ -61,10 +66,15 @@ def dot_general(
       devices travel in the layer's dtype, those of the weights' gradient to
       where these are stored. (Not where several axes are one and not the first
       of them alone is cut, such as tokens of a sequence that is cut.)
+    implementation: 'xla' for products and rounding without kernels; None for
+      kernels where the chip gains by them. The codes are the same.
 
   Returns:
     The function. Its left operand is the activations, its right one the
     weights.
+
+  Raises:
+    ValueError: another implementation.
 
   Examples:
     >>> from frugax import lowbit
@@ -74,13 +84,13 @@ def dot_general(
     [[64.]
      [64.]]
   """
+  _check(implementation)
   if _is_plain(recipe):
     return lax.dot_general
+  how = recipe, key, native, implementation, (cut,)
 
   def dot(lhs, rhs, *args, **kwargs):
-    return _products(recipe, key, native, (cut,), lhs, (rhs,), *args, **kwargs)[
-      0
-    ]
+    return _products(*how, lhs, (rhs,), *args, **kwargs)[0]
 
   return dot
 
@@ -90,6 +100,7 @@ def dot_generals(
   key: jax.Array | None = None,
   native: bool | None = None,
   cuts: Sequence[Cut | None] | None = None,
+  implementation: str | None = None,
 ) -> Callable[..., tuple[jax.Array, ...]]:
   r"""Several linear layers of the same activations, such as q, k and v.
 
@@ -115,6 +126,7 @@ def dot_generals(
     key: as in `dot_general`.
     native: as in `dot_general`.
     cuts: the `cut` of each of the weights; None for none.
+    implementation: as in `dot_general`.
 
   Returns:
     A function like `jax.lax.dot_general` whose right operand is a sequence of
@@ -133,17 +145,17 @@ def dot_generals(
     Memory-Efficient FP8 Training <https://arxiv.org/abs/2410.19313>`_, 2024
     (what is saved of activations, and how often)
   """
+  _check(implementation)
+  how = recipe, key, native, implementation
   if recipe.fuse and not _is_plain(recipe):
-    return functools.partial(_products, recipe, key, native, cuts)
+    return functools.partial(_products, *how, cuts)
 
   def dots(lhs, rhs, *args, **kwargs):
     each = cuts or [None] * len(rhs)
     if _is_plain(recipe):
       return tuple(lax.dot_general(lhs, w, *args, **kwargs) for w in rhs)
     return tuple(
-      _products(
-        recipe, key, native, (cut,), lhs, (w,), *args, first=i, **kwargs
-      )[0]
+      _products(*how, (cut,), lhs, (w,), *args, first=i, **kwargs)[0]
       for i, (w, cut) in enumerate(zip(rhs, each, strict=True))
     )
 
@@ -155,10 +167,19 @@ def _is_plain(recipe):
   return bare == Recipe()
 
 
+def _check(implementation):
+  if implementation not in (None, 'xla'):
+    raise ValueError(
+      f"implementation={implementation!r} of linear layers: give 'xla', or "
+      'None for kernels where the chip gains by them'
+    )
+
+
 def _products(
   recipe,
   key,
   native,
+  implementation,
   cuts,
   lhs: jax.Array,
   rhs: Sequence[jax.Array],
@@ -199,6 +220,7 @@ def _products(
     ),
     axes,
     first,
+    implementation,
   )
   ws = tuple(matrices.view(w, rb, rc) for w in rhs)
   return _linear(layer, matrices.view(lhs, lb, lc), ws, key)
@@ -217,6 +239,7 @@ class _Layer(NamedTuple):
   parts: tuple  # what the cuts are for these arrays
   axes: tuple  # of the weights: stacked, kept, contracted
   first: int  # the number of the first of the weights
+  implementation: str | None
 
   def key(self, key, i):
     """Of what belongs to the weights, number i, of all here."""
@@ -224,17 +247,31 @@ class _Layer(NamedTuple):
 
   def gathered(self, i, w, transposed=False):
     """The rounded weights, number i, their codes gathered."""
-    if self.cuts[i] is None or not isinstance(w, Tiled):
+    cut = self.cuts[i]
+    if not isinstance(w, Tiled) or cut is None or cut.layout.mesh.size == 1:
       return w
+    w = w.packed()
     batch, units, columns = self.axes
     column = next(iter(columns), None)
     if transposed:
       axes = (*batch, column, next(iter(units), None))
     else:
       axes = (*batch, *units, column)
-    return dataclasses.replace(w, data=self.cuts[i].gather(w.data, axes))
+    return dataclasses.replace(w, data=cut.gather(w.data, axes))
 
-  def multiply(self, left, rights, splits):
+  def fuses(self, left, rights, splits):
+    """Whether the kernel of the forward product rounds its left operand.
+
+    Not where the backward pass takes the codes: to compute them again it would
+    have to multiply again.
+    """
+    recipe = self.recipe
+    kept = recipe.weight_grad.right.source == 'forward'
+    if kept or recipe.forward.rotation or self.native is False:
+      return False
+    return not self.implementation and multiply.fuses(left, rights[0], splits)
+
+  def multiply(self, left, rights, splits, out):
     return multiply.rows_by_rows(
       left,
       rights,
@@ -243,6 +280,8 @@ class _Layer(NamedTuple):
       self.native,
       self.precision,
       splits,
+      out,
+      self.implementation,
     )
 
 
@@ -256,21 +295,22 @@ def _linear(layer, x, ws, key):
 
 def _forward(layer, x, ws, key):
   product = layer.recipe.forward
-  left, left_mask = _rounded(
-    layer, product, 'left', x, operand_keys(key, 0, x, x)[0]
-  )
   rights = [
     layer.gathered(i, _forward_weights(layer, w, layer.key(key, i))[0])
     for i, w in enumerate(ws)
   ]
   splits = [parts and parts.forward() for parts in layer.parts]
+  left, mask = multiply.Unrounded(x, product.left), None
+  if not layer.fuses(left, rights, splits):
+    key_x = operand_keys(key, 0, x, x)[0]
+    left, mask = _rounded(layer, product, 'left', x, key_x)
+  dtype = layer.preferred or layer.dtype
+  out = _as_written(product, dtype)
   ys = tuple(
-    _result(layer, product, 3, y, layer.key(key, i)).astype(
-      layer.preferred or layer.dtype
-    )
-    for i, y in enumerate(layer.multiply(left, rights, splits))
+    _result(layer, product, 3, y, layer.key(key, i)).astype(dtype)
+    for i, y in enumerate(layer.multiply(left, rights, splits, out))
   )
-  return ys, _residuals(layer, x, ws, key, left, left_mask)
+  return ys, _residuals(layer, x, ws, key, left, mask)
 
 
 def _residuals(layer, x, ws, key, left, mask):
@@ -288,7 +328,7 @@ def _residuals(layer, x, ws, key, left, mask):
   if mask is not None:
     mask = elements.pack(mask, 1)
   # An array of no elements brings x's shape and dtype along.
-  return (coded, mask, jnp.zeros((0, *x.shape), x.dtype)), ws, key
+  return (coded.packed(), mask, jnp.zeros((0, *x.shape), x.dtype)), ws, key
 
 
 def _backward(layer, residuals, gs):
@@ -310,7 +350,9 @@ def _backward(layer, residuals, gs):
     own_key = layer.key(key, i)
     forward_w, w_mask = _forward_weights(layer, w, own_key)
     g = g.astype(layer.dtype)
-    dx = _input_grad(layer, i, g, w, forward_w, len(shape) - 1, own_key)
+    dx = _input_grad(
+      layer, i, g, w, forward_w, (len(shape) - 1, dtype), own_key
+    )
     dxs.append(dx.reshape(shape))
     if recipe.weight_grad.right.source == 'forward':
       right = matrices.as_array(forward_x, dtype)
@@ -333,9 +375,10 @@ def _backward(layer, residuals, gs):
   return dx.astype(dtype), tuple(dws), None
 
 
-def _input_grad(layer, i, g, w, forward_w, rows, key):
+def _input_grad(layer, i, g, w, forward_w, like, key):
   """g (*batch, *rows, units) by w (*batch, columns, units), number i."""
   product, batch = layer.recipe.input_grad, layer.batch
+  rows, dtype = like
   rotation = product.rotation
   left = matrices.merge(g, rows)
   along_rows = rotation is not None and rotation.along == 'rows'
@@ -359,7 +402,10 @@ def _input_grad(layer, i, g, w, forward_w, rows, key):
     right = layer.gathered(i, right, transposed=True)
   parts = layer.parts[i]
   split = parts and parts.input_grad(along_rows)
-  dx = layer.multiply(left, [right], [split])[0]
+  out = jnp.float32
+  if len(layer.parts) == 1 and not layer.recipe.forward.rotation:
+    out = _as_written(product, dtype)
+  dx = layer.multiply(left, [right], [split], out)[0]
   if along_rows:
     dx = matrices.rotate(dx, rotation, signs, axis=-2, inverse=True)
   return dx
@@ -383,13 +429,16 @@ def _weight_grad(layer, i, g, w, x, mask, rows, keys):
   if not isinstance(x, Tiled):
     x = _weight_grad_right(layer, x, signs, x_key)
   split = layer.parts[i] and layer.parts[i].weight_grad()
+  out = jnp.float32
+  if not layer.recipe.forward.rotation:
+    out = _as_written(product, w.dtype)
   if split and split.scattered[-1]:
     # A TPU scatters sums along the outermost axis alone: it would send all of
     # them along another.
-    dw = layer.multiply(x, [left], [split.swapped()])[0]
+    dw = layer.multiply(x, [left], [split.swapped()], out)[0]
     dw = jnp.moveaxis(dw, batch, -1)
   else:
-    dw = layer.multiply(left, [x], [split])[0]
+    dw = layer.multiply(left, [x], [split], out)[0]
   dw = dw.reshape(w.shape)
   own = product.right.source == 'array'
   dw = _unturned(layer.recipe.forward.rotation, dw, mask, own)
@@ -417,6 +466,13 @@ def _rounded(layer, product, side, x, key):
   """An operand of the forward product, and its mask."""
   x = matrices.turned(x, product.rotation, None)
   return matrices.rounded(getattr(product, side), x, layer.batch, key)
+
+
+def _as_written(product, dtype):
+  """Of a product's result, which is written once if it is not worked on."""
+  if product.result.format is None and product.rotation is None:
+    return dtype
+  return jnp.float32
 
 
 def _result(layer, product, index, y, key):

@@ -46,21 +46,19 @@ def merge(x, start, stop=None):
 
 
 def rounded(operand: Operand, x, batch, key):
-  """The operand as a Tiled, or an array, and its mask or None."""
+  """The operand as a Tiled without packing, or an array; its mask or None."""
   if operand.format is None:
     return x, None
   if operand.simulated:
     return operand.simulated(x), None
   key = key if operand.stochastic else None
-  q = quantize_tiles(x, operand.format, operand.scaling, batch, key)
+  q = quantize_tiles(x, operand.format, operand.scaling, batch, key, False)
   kept = None
   if operand.keep == '2:4':
     kept = _two_of_four_pairs(x)
-    codes = q.codes()
     # The code 0 stands for zero in every format that has one.
-    codes = jnp.where(kept, codes, jnp.zeros((), codes.dtype))
-    data = elements.element(q.format).pack(codes)
-    q = dataclasses.replace(q, data=data)
+    codes = jnp.where(kept, q.data, jnp.zeros((), q.data.dtype))
+    q = dataclasses.replace(q, data=codes)
   if operand.mask == 'none':
     return q, None
   mask = within(x, q, 0.0 if operand.mask == 'clip' else 0.5)

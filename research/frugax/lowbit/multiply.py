@@ -11,20 +11,76 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from frugax.kernels import chips, quantized_matmul
+from frugax.kernels import blocks, chips, quantize_matmul, quantized_matmul
 from frugax.lowbit import cuts, matrices
-from frugax.quant import elements
+from frugax.lowbit.operands import Operand
+from frugax.quant import Scaling, elements
 from frugax.quant.tiles import Tiled, dequantize_tiles
 
 
+class Unrounded(NamedTuple):
+  """A left operand that is rounded by the kernel which multiplies it.
+
+  Attributes:
+    x: (*batch, *rows, columns).
+    operand: how it is rounded, with a scale a row.
+  """
+
+  x: jax.Array
+  operand: Operand
+
+  @property
+  def format(self) -> str:
+    return self.operand.format
+
+  @property
+  def scaling(self) -> Scaling:
+    return self.operand.scaling
+
+
+def fuses(
+  left: Unrounded,
+  right: Tiled | jax.Array,
+  splits: Sequence[cuts.Split | None] | None = None,
+) -> bool:
+  """Whether a kernel shall round an operand, or XLA before any kernel.
+
+  A kernel does where the chip gains by it (`frugax.kernels.blocks.fuses`), the
+  rows lie on one device each, and the codes are those of `quantize_tiles`: to
+  nearest, by the largest magnitude of a row, without a mask.
+
+  Args:
+    left: the operand.
+    right: one of those that it is multiplied with.
+    splits: as in `rows_by_rows`.
+  """
+  operand, s = left.operand, left.scaling
+  if operand.format not in elements.ELEMENTS:
+    return False
+  rows = Scaling(factor=s.factor, eps=s.eps, floor=s.floor)
+  if operand != Operand(operand.format, rows):
+    return False
+  kind = _codes(left, right)[1:2]
+  whole = chips.uncut() or not any(
+    split is None or split.contracted for split in splits or [None]
+  )
+  return (
+    bool(kind)
+    and whole
+    and blocks.fuses(chips.tpu(), *kind, left.x.shape[-1], left.x.dtype)
+  )
+
+
 def rows_by_rows(
-  left: Tiled | jax.Array,
+  left: Tiled | Unrounded | jax.Array,
   rights: Sequence[Tiled | jax.Array],
   batch_axes: int = 0,
   dtype: jax.typing.DTypeLike = jnp.float32,
   native: bool | None = None,
   precision: lax.PrecisionLike = None,
   splits: Sequence[cuts.Split | None] | None = None,
+  out: jax.typing.DTypeLike = jnp.float32,
+  implementation: str | None = None,
 ) -> list[jax.Array]:
   r"""The inner products of all rows of two stacks of matrices.
 
@@ -43,7 +99,7 @@ def rows_by_rows(
   not change places for that: on one device, or on each of several.
 
   Args:
-    left: (*batch, *rows, columns).
+    left: (*batch, *rows, columns); an `Unrounded` if `fuses` says so.
     rights: (*batch, *other rows, columns) each, all rounded alike.
     batch_axes: number of axes over which the matrices are stacked.
     dtype: of rounded operands in floating-point products, float32 where one has
@@ -53,9 +109,11 @@ def rows_by_rows(
     splits: how operands and results are cut over devices, for each right one.
       Each device then multiplies its parts, by kernels where it gains, and sums
       are scaled before they travel. Without, XLA cuts products.
+    out: dtype of the products that are not such sums.
+    implementation: 'xla' for products without kernels.
 
   Returns:
-    (*batch, *rows, *other rows) for each, in float32; sums over devices in
+    (*batch, *rows, *other rows) for each, in `out`, sums over devices in
     `dtype`.
 
   Examples:
@@ -70,10 +128,23 @@ def rows_by_rows(
   if any(isinstance(x, Tiled) and _wide(x) for x in (left, *rights)):
     # Numbers that bfloat16 cannot hold, even where the layer's dtype is that.
     dtype, precision = jnp.float32, lax.Precision.HIGHEST
-  how = _How(batch_axes, dtype, native, precision, *_codes(left, rights[0]))
+  alone = chips.uncut() or not splits or None in splits
+  if not alone and any(split.contracted for split in splits):
+    summed = all(split.contracted for split in splits)
+    out = sum_dtype if summed else jnp.float32
+  how = _How(
+    batch_axes,
+    dtype,
+    out,
+    native,
+    precision,
+    implementation,
+    left.operand if isinstance(left, Unrounded) else None,
+    *_codes(left, rights[0]),
+  )
   products = functools.partial(_products, how)
   a, *others = (_apart(x, dtype, how.codes) for x in (left, *rights))
-  if chips.uncut() or not splits or None in splits:
+  if alone:
     return products(a, others)
   return cuts.over_devices(splits, products, sum_dtype, a, others)
 
@@ -82,6 +153,7 @@ class _How(NamedTuple):
   """All that is static of a product.
 
   Attributes:
+    operand: how its kernel rounds the left operand; None if that is rounded.
     codes: whether codes are multiplied: 'int8', 'float8', or None for numbers.
     kernel: what the kernels call it.
     shifts: of the numbers of both operands against their codes.
@@ -89,15 +161,18 @@ class _How(NamedTuple):
 
   batch: int
   dtype: object
+  out: object
   native: bool | None
   precision: object
+  implementation: str | None
+  operand: Operand | None
   codes: str | None = None
   kernel: str | None = None
   shifts: tuple[float, float] = (0.0, 0.0)
 
 
 def _codes(left, right):
-  if not (isinstance(left, Tiled) and isinstance(right, Tiled)):
+  if not isinstance(left, Tiled | Unrounded) or not isinstance(right, Tiled):
     return ()
   kinds = {_kind(left), _kind(right)}
   if len(kinds) > 1 or None in kinds:
@@ -128,6 +203,22 @@ def _one_below_the_other(rights, batch):
 
 
 def _product(how, left, right):
+  if how.operand is None:
+    return _of_rounded(how, left, right)
+
+  def together(x, *right):
+    return _by_fused_kernel(how, x, *right)
+
+  def apart(x, *right):
+    q, _ = matrices.rounded(how.operand, x, how.batch, None)
+    return _of_rounded(how, [q.codes(), q.steps()], right)
+
+  if how.native is None:
+    return lax.platform_dependent(*left, *right, cpu=apart, default=together)
+  return together(*left, *right)
+
+
+def _of_rounded(how, left, right):
   (a, *left_scale), (b, *right_scale) = left, right
   batch = how.batch
   stacked = tuple(range(batch))
@@ -143,7 +234,7 @@ def _product(how, left, right):
       y = y * _among_rows(s, batch, a.ndim, b.ndim)
     for s in right_scale:
       y = y * _among_other_rows(s, batch, a.ndim)
-    return y
+    return y.astype(how.out)
 
   if how.codes is None:
     return rescaled(product(a, b))
@@ -156,7 +247,7 @@ def _product(how, left, right):
     return rescaled(product(a, b))
 
   def narrow(a, b):
-    if chips.gains(how.kernel):
+    if how.implementation != 'xla' and chips.gains(how.kernel):
       return _by_kernel(how, a, b, left_scale + right_scale)
     if how.codes == 'float8':
       return rescaled(product(a, b))
@@ -186,6 +277,8 @@ def _shift(q):
 
 def _apart(x, dtype, codes):
   """An array to multiply, and a scale of its rows if it has one."""
+  if isinstance(x, Unrounded):
+    return [x.x]
   if not isinstance(x, Tiled):
     return [x.astype(dtype)]
   if codes is not None:
@@ -210,22 +303,55 @@ def _kernel_kind(left, right):
 def _by_kernel(how, a, b, scales):
   """The product with its scales, its rows and other rows as one axis each."""
   batch = how.batch
-  stacked = a.shape[:batch]
   shape = (*a.shape[:-1], *b.shape[batch:-1])
-  flat = []
-  for x, scale in zip((a, b), scales, strict=True):
-    scale = jnp.broadcast_to(scale, (*x.shape[:-1], 1))
-    flat.append(scale.reshape(*stacked, -1))
-  a, b = (x.reshape(*stacked, -1, x.shape[-1]) for x in (a, b))
+  (a, s), (b, t) = (
+    _flat(x, scale, batch) for x, scale in zip((a, b), scales, strict=True)
+  )
   if how.kernel == 'int4':
     a, b = a.astype(jnp.int4), b.astype(jnp.int4)
 
   def product(a, b, s, t):
-    return quantized_matmul(a, b, s, t, layout='NT', shifts=how.shifts)
+    return quantized_matmul(
+      a, b, s, t, layout='NT', shifts=how.shifts, dtype=how.out
+    )
 
   for _ in range(batch):
     product = jax.vmap(product)
-  return product(a, b, *flat).reshape(shape)
+  return product(a, b, s, t).reshape(shape)
+
+
+def _by_fused_kernel(how, x, b, scale):
+  """Likewise, of rows that the kernel rounds."""
+  batch = how.batch
+  shape = (*x.shape[:-1], *b.shape[batch:-1])
+  b, t = _flat(b, scale, batch)
+  if how.kernel == 'int4':
+    b = b.astype(jnp.int4)
+
+  def product(x, b, t):
+    return quantize_matmul(
+      x,
+      b,
+      t,
+      format=how.operand.format,
+      scaling=how.operand.scaling,
+      layout='NT',
+      w_shift=how.shifts[1],
+      dtype=how.out,
+      residuals=False,
+    ).product
+
+  for _ in range(batch):
+    product = jax.vmap(product)
+  x = x.reshape(*x.shape[:batch], -1, x.shape[-1])
+  return product(x, b, t).reshape(shape)
+
+
+def _flat(x, scale, batch):
+  """Rows as one axis, and a scale for each of them."""
+  stacked = x.shape[:batch]
+  scale = jnp.broadcast_to(scale, (*x.shape[:-1], 1))
+  return x.reshape(*stacked, -1, x.shape[-1]), scale.reshape(*stacked, -1)
 
 
 def _integers(a, b, dims, batch, left_shift, right_shift):

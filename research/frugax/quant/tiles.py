@@ -92,7 +92,7 @@ class Tiled(QTensor):
 
   Attributes:
     data: codes, in the format's `dtype`; of at most 4 bits packed along the
-      last axis.
+      last axis, unless it was asked for without.
     scales: one a tile, with axes of size 1 to be multiplied with; float32, or
       uint8 exponents, or float8_e4m3fn.
     tensor: float32, the scale of the scales for 'nv', else None.
@@ -123,7 +123,15 @@ class Tiled(QTensor):
 
   def codes(self) -> jax.Array:
     """The codes without packing, in the format's dtype."""
-    return elements.element(self.format).unpack(self.data, self.item_shape[-1])
+    element, size = elements.element(self.format), self.item_shape[-1]
+    if (self.data.shape[-1], self.data.dtype) == (size, element.dtype):
+      return self.data
+    return element.unpack(self.data, size)
+
+  def packed(self) -> 'Tiled':
+    """The same, in its fewest bytes."""
+    data = elements.element(self.format).pack(self.codes())
+    return dataclasses.replace(self, data=data)
 
   def numbers(self) -> jax.Array:
     """The numbers of the codes without their scales, in float32."""
@@ -147,6 +155,7 @@ def quantize_tiles(
   scaling: Scaling | None = None,
   batch_axes: int = 0,
   key: jax.Array | None = None,
+  packed: bool = True,
 ) -> Tiled:
   """Round to a format, with a scale for each tile.
 
@@ -168,6 +177,7 @@ def quantize_tiles(
     key: a typed key, for stochastic rounding; all items of a stack get the same
       random bits, which depend on the element's index alone. None rounds to
       nearest.
+    packed: whether codes of at most 4 bits share bytes.
 
   Returns:
     A Tiled.
@@ -220,7 +230,8 @@ def quantize_tiles(
   numbers = element.round(t / jnp.where(step == 0, jnp.inf, step), random)
   codes = element.encode(view.join(numbers))
   scales = view.scales(scales)
-  return Tiled(element.pack(codes), scales, tensor, item_shape, format, scaling)
+  q = Tiled(codes, scales, tensor, item_shape, format, scaling)
+  return q.packed() if packed else q
 
 
 def dequantize_tiles(

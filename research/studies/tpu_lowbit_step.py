@@ -15,7 +15,8 @@ chunk at a time while they are computed ('product, permute'); these count with
 the whole array. Of arrays of fewer bytes than 1 % of the largest (scales, keys)
 there is the sum alone. The second has how many products there are, forward and
 backward, of which operands, XLA's and those of kernels, one of which multiplies
-all weights of the same activations. These are static counts: nothing was run.
+all weights of the same activations; one of bf16 by s8 rounds these, too. These
+are static counts: nothing was run.
 """
 
 import os
@@ -27,8 +28,8 @@ os.environ |= environment.TPU
 
 import argparse
 import collections
+import importlib.metadata
 import json
-import math
 import pathlib
 import re
 import time
@@ -39,23 +40,13 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from frugax import config as fx_config
+from frugax.plan import cost, hlo
 from frugax.train import metrics, step
 
 _CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / 'llama.py'
-_BITS = {'f32': 32, 'bf16': 16, 's32': 32, 'u32': 32, 's8': 8, 'u8': 8, 's4': 4}
-_COLLECTIVE = re.compile(
-  r'^ *(?:ROOT )?(\S+) = (.*?) (all-gather|all-reduce|reduce-scatter|'
-  r'all-to-all|collective-permute)(?:-start)?\(([^)]*)\)'
-)
-_PRODUCT = re.compile(r' = \S+ (?:convolution|dot)\((\S+), (\S+)\)')
-# Of a kernel the operands' arrays, codes before scales.
-_KERNEL = re.compile(
-  r'custom_call_target="tpu_custom_call", operand_layout_constraints='
-  r'\{(\w+)\[[\d,]*\]\{[\d,]*\}, (\w+)\['
-)
-# As in `%x = (s8[4,128]{1,0}, s8[8,128]{1,0}) ...`: the first array's dtype.
-_VALUE = re.compile(r'^ *(?:ROOT )?(%\S+) = (\w+)\[')
-_ARRAY = re.compile(r'\b([a-z]+\d\w*)\[([\d,]*)\]')
+_PLACE = re.compile(r'op_name="([^"]*?/(\w+)\.linears/[^"]*)"')
+_CHAIN = re.compile(r'chain_id="(\d+)"')
+_KERNEL = 'custom_call_target="tpu_custom_call"'
 
 LARGE = {
   'batch_size': 32,
@@ -113,11 +104,10 @@ class Sent(NamedTuple):
   @property
   def size(self) -> float:
     """Bytes."""
-    bits = 8 if self.dtype.startswith('f8') else _BITS[self.dtype]
-    return math.prod(self.shape) * bits / 8
+    return hlo.Shape(self.dtype, self.shape).nbytes
 
 
-def compiled_text(variant: Variant, size: str, **fields) -> str:
+def compiled(variant: Variant, size: str, **fields) -> hlo.Module:
   """The optimized program of a training step."""
   devices = topologies.get_topology_desc(
     platform='tpu', topology_name=variant.topology
@@ -141,74 +131,82 @@ def compiled_text(variant: Variant, size: str, **fields) -> str:
   state = program.abstract_state()
   with jax.set_mesh(program.layout.mesh):
     lowered = program.train_step.lower(state, dict.fromkeys(names, ids))
-    return lowered.compile().as_text()
+    return hlo.parse(lowered.compile().as_text())
 
 
-def _place(line):
+def _place(instruction):
   """('attn', whether it is backward) of an operation of linears, else None."""
-  match = re.search(r'op_name="([^"]*?/(\w+)\.linears/[^"]*)"', line)
+  match = _PLACE.search(instruction.attributes)
   return match and (match[2], 'transpose(' in match[1])
 
 
-def sent(text: str) -> list[Sent]:
+def sent(module: hlo.Module) -> list[Sent]:
   """The collectives of linears in a program, each once."""
-  found, computation, places = {}, '', {}
-  for line in text.splitlines():
-    if value := _VALUE.search(line):
-      places[value[1]] = _place(line)
-    if line.startswith(('%', 'ENTRY')):
-      computation = line.split(' ')[0]
-    match = _COLLECTIVE.search(line)
-    if not match:
-      continue
-    name, result, operation, operands = match.groups()
-    place = _place(line)
-    if 'op_name=' not in line:  # several as one: of where the first comes from
-      place = places.get(operands.split(',')[0])
-    if not place:
-      continue
-    # One that runs beside others is written once for each of them.
-    if beside := re.search(r'chain_id="(\d+)"', line):
-      name = f'chain {beside[1]}'
-    arrays = _ARRAY.findall(result)
-    if operation == 'collective-permute':
-      if 'windowed' not in computation:  # a first round, before the loop
+  found = {}
+  for computation in module.computations.values():
+    for i in computation.instructions:
+      operation = i.opcode.removesuffix('-start')
+      if operation not in cost.COLLECTIVES:
         continue
-      operation, arrays = 'product, permute', arrays[:1]
-      name = f'{computation} {arrays}'
-    found[name] = [
-      Sent(
-        operation, *place, dtype, tuple(map(int, filter(None, n.split(','))))
-      )
-      for dtype, n in arrays
-    ]
+      place = _place(i)
+      if 'op_name=' not in i.attributes:  # several as one: of the first operand
+        place = _place(computation.by_name[i.operands[0]])
+      if not place:
+        continue
+      # One that runs beside others is written once for each of them.
+      beside = _CHAIN.search(i.attributes)
+      name, arrays = f'chain {beside[1]}' if beside else i.name, i.shapes
+      if operation == 'collective-permute':
+        # One of a first round is before the loop.
+        if 'windowed' not in computation.name:
+          continue
+        operation, arrays = 'product, permute', arrays[:1]
+        name = f'{computation.name} {arrays}'
+      found[name] = [Sent(operation, *place, a.dtype, a.dims) for a in arrays]
   return [one for each in found.values() for one in each]
 
 
-def products(text: str) -> collections.Counter:
+def products(module: hlo.Module) -> collections.Counter:
   """How many products of linears have (backward?, kernel?, dtype, dtype)."""
-  dtypes = {}
-  for line in text.splitlines():
-    if match := _VALUE.search(line):
-      dtypes[match[1]] = match[2]
   found = collections.Counter()
-  for line in text.splitlines():
-    place = _place(line)
-    if place and (match := _PRODUCT.search(line)):
-      found[place[1], False, dtypes[match[1]], dtypes[match[2]]] += 1
-    elif place and (match := _KERNEL.search(line)):
-      found[place[1], True, *match.groups()] += 1
+  for computation in module.computations.values():
+    for i in computation.instructions:
+      place, kernel = _place(i), _KERNEL in i.attributes
+      if place and (kernel or i.opcode in ('convolution', 'dot')):
+        pair = (computation.by_name[n].shapes[0].dtype for n in i.operands[:2])
+        found[place[1], kernel, *pair] += 1
+  return found
+
+
+def codes(module: hlo.Module) -> collections.Counter:
+  """How many arrays of codes XLA writes: (backward?, dtype, shape)."""
+  inside = {
+    name
+    for computation in module.computations.values()
+    for i in computation.instructions
+    if i.opcode == 'fusion'
+    for name in i.called('calls')
+  }
+  found = collections.Counter()
+  for computation in module.computations.values():
+    for i in computation.instructions:
+      if computation.name in inside or i.opcode not in ('fusion', 'convert'):
+        continue
+      backward = 'transpose(' in i.attributes
+      for s in i.shapes:
+        if s.dtype in ('s4', 's8'):
+          found[backward, s.dtype, s.dims] += 1
   return found
 
 
 def show(name: str, variant: Variant) -> None:
   """Compiles a variant and prints its tables."""
   start = time.monotonic()
-  text = compiled_text(variant, '1b', **LARGE)
+  module = compiled(variant, '1b', **LARGE)
   seconds = time.monotonic() - start
   print(f'\n{name}: {variant.topology}, {variant.mesh}, {seconds:.0f} s')
   groups, small = collections.defaultdict(list), 0.0
-  all_sent = sent(text)
+  all_sent = sent(module)
   floor = max(s.size for s in all_sent) / 100
   for s in all_sent:
     if s.size < floor:
@@ -225,7 +223,7 @@ def show(name: str, variant: Variant) -> None:
       f'{total / 2**20:9.2f} MiB'
     )
   print(f'  all else {small / 2**20:.2f} MiB')
-  for (backward, kernel, *pair), n in sorted(products(text).items()):
+  for (backward, kernel, *pair), n in sorted(products(module).items()):
     where = 'backward' if backward else 'forward'
     what = 'kernels' if kernel else 'products'
     print(f'  {where:9s}{n:4d} {what} of {" by ".join(pair)}', flush=True)
@@ -242,9 +240,12 @@ def main() -> None:
   arguments = parser.parse_args()
   if arguments.small:
     variant = Variant(*arguments.small.split(',', 2))
-    text = compiled_text(variant, 'tiny', **SMALL)
-    counts = [[*key, n] for key, n in products(text).items()]
-    print(json.dumps({'sent': sent(text), 'products': counts}))
+    module = compiled(variant, 'tiny', **SMALL)
+    found = {'sent': sent(module)}
+    for read in (products, codes):
+      counts = read(module).items()
+      found[read.__name__] = [[*key, n] for key, n in counts]
+    print(json.dumps(found))
     return
   for variant in arguments.variants:
     if variant not in VARIANTS:
@@ -252,7 +253,9 @@ def main() -> None:
   info = metrics.run_info()
   print(
     f'commit {info["commit"]}{" (changed)" * bool(info["dirty"])},'
-    f' jax {info["jax"]}, LLaMA-1b'
+    f' jax {info["jax"]}, libtpu {importlib.metadata.version("libtpu")},'
+    ' LLaMA-1b',
+    flush=True,
   )
   for name in arguments.variants or VARIANTS:
     show(name, VARIANTS[name])

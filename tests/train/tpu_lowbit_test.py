@@ -60,20 +60,36 @@ def test_weights_are_gathered_as_codes():
 @pytest.mark.parametrize(
   ('recipe', 'forward', 'backward'),
   [
-    ('int4', ('s4', 's4'), ('s8', 's8')),
-    ('int8', ('s8', 's8'), ('s8', 's8')),
-    ('fp8', ('f8e4m3fn', 'f8e4m3fn'), ('f8e4m3fn', 'f8e5m2')),
+    # o and down, whose rows are cut over `tensor`, XLA rounds before.
+    ('int4', {('bf16', 's4'): 2, ('s4', 's4'): 2}, ('s8', 's8')),
+    ('int8', {('bf16', 's8'): 4}, ('s8', 's8')),
+    ('fp8', {('f8e4m3fn', 'f8e4m3fn'): 4}, ('f8e4m3fn', 'f8e5m2')),
   ],
 )
 def test_kernels_multiply_codes_on_meshes(recipe, forward, backward):
-  """No other product is left, and no operand is widened.
+  """No other product is left, and weights and gradients are never widened.
 
-  Forward q, k and v are one, gate and up are another.
+  Forward q, k and v are one, gate and up are another. Kernels that read
+  activations in bfloat16 round them.
   """
   found = collections.Counter()
   for is_backward, kernel, left, right, count in read(recipe)['products']:
     found[is_backward, kernel, *sorted((left, right))] += count
-  assert found == {(False, True, *forward): 4, (True, True, *backward): 14}
+  want = {(False, True, *pair): n for pair, n in forward.items()}
+  assert found == want | {(True, True, *backward): 14}
+
+
+@pytest.mark.parametrize(
+  ('recipe', 'sequences', 'rounded'), [('int4', 8, 2), ('int8', 4, 0)]
+)
+def test_what_kernels_round_xla_does_not(recipe, sequences, rounded):
+  """Activations by rows: (sequences, tokens, columns) on each chip."""
+  found = [
+    n
+    for backward, _, shape, n in read(recipe)['codes']
+    if not backward and len(shape) == 3 and shape[:2] == [sequences, 128]
+  ]
+  assert sum(found) == rounded
 
 
 @pytest.mark.parametrize('recipe', VARIANTS)

@@ -50,6 +50,60 @@ def test_what_needs_all_layers_at_once_is_refused(tx, message):
     Separate(tx, _tree(), _PARTS)
 
 
+def _noise(draw):
+  """SGD on gradients with noise; `draw` gives that of one leaf."""
+
+  def update(updates, state, params=None):
+    del params
+    noise = jax.tree.map(lambda g: draw(jax.random.key(0), g), updates)
+    return jax.tree.map(jnp.add, updates, noise), state
+
+  return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def _whole(key, g):
+  return jax.random.normal(key, g.shape)
+
+
+def _by_split_keys(key, g):
+  keys = jax.random.split(key, len(g))
+  return jax.vmap(lambda key: jax.random.normal(key, g.shape[1:]))(keys)
+
+
+def _one_by_one(key, g):
+  rows = [
+    jax.random.normal(jax.random.fold_in(key, i), g.shape[1:])
+    for i in range(len(g))
+  ]
+  return jnp.stack(rows)
+
+
+def _sometimes(key, g):
+  return jax.lax.cond(
+    g.sum() > 0, lambda: _whole(key, g), lambda: jnp.zeros_like(g)
+  )
+
+
+@pytest.mark.parametrize(
+  'tx',
+  [
+    *map(_noise, (_whole, _by_split_keys, _one_by_one, _sometimes)),
+    optax.chain(optax.add_noise(0.1, 0.5, key=0), optax.adam(1.0)),
+  ],
+)
+def test_a_draw_that_gives_each_layer_its_own_numbers_is_refused(tx):
+  """Of one layer alone it would be the same for all."""
+  with pytest.raises(NotSeparable, match=r'random numbers of the shape \('):
+    Separate(tx, _tree(), _PARTS)
+
+
+def test_a_draw_that_layers_share_is_accepted():
+  def shared(key, g):
+    return jax.random.normal(key, g.shape[-1:])
+
+  Separate(_noise(shared), _tree(), _PARTS)
+
+
 def test_a_chain_is_refused_for_one_of_its_links():
   tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1.0))
   with pytest.raises(NotSeparable, match='depends on'):

@@ -1,4 +1,4 @@
-"""Which inputs of a traced function each of its outputs depends on."""
+"""Which inputs of a traced function its outputs depend on; what it draws."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +10,8 @@ from frugax.optim.leafwise import ELEMENTWISE
 
 _REDUCING = ('reduce_sum', 'reduce_max', 'reduce_min', 'reduce_prod')
 _CALLS = ('jit', 'closed_call', 'custom_jvp_call', 'custom_vjp_call', 'remat2')
+# Those of random numbers, or of keys, from one key.
+_DRAWS = ('random_bits', 'random_split', 'rng_bit_generator')
 
 
 class Facts(NamedTuple):
@@ -39,11 +41,46 @@ def only_saves_work(predicate: jax.Array) -> jax.Array:
   return predicate
 
 
-def find(
+def trace(
   function: Callable[..., Sequence[jax.Array]],
   inputs: Sequence[jax.ShapeDtypeStruct],
-  axes: Sequence[int | None],
-) -> list[Facts]:
+) -> jex.Jaxpr:
+  """What `find` and `draws` look at: a function of arrays to a list of them."""
+  return jax.make_jaxpr(function)(*inputs).jaxpr
+
+
+def draws(jaxpr: jex.Jaxpr) -> list[tuple[int, ...]]:
+  """The shapes of what a traced function draws at random, each from one key.
+
+  Of draws from a stack of keys, it is the shape that each of them gives.
+
+  Args:
+    jaxpr: of `trace`.
+
+  Examples:
+    >>> def noise(key, keys):
+    ...   each = jax.vmap(lambda key: jax.random.bits(key, (2,)))(keys)
+    ...   return [jax.random.bits(key, (5, 2)), each]
+    >>> key = jax.ShapeDtypeStruct((2,), 'uint32')
+    >>> keys = jax.ShapeDtypeStruct((5, 2), 'uint32')
+    >>> draws(trace(noise, [key, keys]))
+    [(2,), (5, 2)]
+  """
+  found = []
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name in _DRAWS:
+      found.append(tuple(eqn.params['shape']))
+    for inner in jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr):
+      if _is_jaxpr(inner):
+        found += draws(getattr(inner, 'jaxpr', inner))
+  return found
+
+
+def _is_jaxpr(x):
+  return isinstance(x, jex.Jaxpr | jex.ClosedJaxpr)
+
+
+def find(jaxpr: jex.Jaxpr, axes: Sequence[int | None]) -> list[Facts]:
   """The inputs that outputs depend on, by data and not by name.
 
   Branches, loops and jitted functions are looked into. That a sum goes over the
@@ -52,8 +89,7 @@ def find(
   reductions. A dependence that is found may be one by zeros; none is missed.
 
   Args:
-    function: takes the inputs, returns a list of arrays.
-    inputs: shapes and dtypes.
+    jaxpr: of `trace`.
     axes: for each input the axis of its layers, or None.
 
   Returns:
@@ -61,7 +97,8 @@ def find(
 
   Examples:
     >>> x = jax.ShapeDtypeStruct((3, 2), 'float32')
-    >>> found = find(lambda a, b: [a + 1, a * b.sum(), a], [x, x], [0, 0])
+    >>> jaxpr = trace(lambda a, b: [a + 1, a * b.sum(), a], [x, x])
+    >>> found = find(jaxpr, [0, 0])
     >>> [bin(f.needs) for f in found], [bin(f.mixes) for f in found]
     (['0b1', '0b11', '0b1'], ['0b0', '0b10', '0b0'])
 
@@ -70,12 +107,11 @@ def find(
     >>> def skip(a, b):
     ...   due = only_saves_work((b > 0).any())
     ...   return [jax.lax.cond(due, lambda a: 1 * a, lambda a: a, a)]
-    >>> bin(find(skip, [x, x], [0, 0])[0].needs)
+    >>> bin(find(trace(skip, [x, x]), [0, 0])[0].needs)
     '0b1'
   """
-  closed = jax.make_jaxpr(function)(*inputs)
   facts = [Facts(1 << i, 0, axis) for i, axis in enumerate(axes)]
-  return _walk(closed.jaxpr, facts)
+  return _walk(jaxpr, facts)
 
 
 def _walk(jaxpr, inputs) -> list[Facts]:

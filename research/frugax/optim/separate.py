@@ -1,5 +1,6 @@
 """Run a transformation on one part of the parameters, or one layer, a time."""
 
+import collections
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,7 +48,9 @@ class Separate:
 
   Raises:
     NotSeparable: the update of one part, or of one layer, depends on another: a
-      clip by the global norm, a draw of layers. The message names both.
+      clip by the global norm, a draw of layers. The message names both. Or it
+      draws the random numbers of all layers from one key, as noise on gradients
+      is: a draw that they share, as that of a random subspace, is none.
 
   Examples:
     >>> params = {'layers': jnp.ones((3, 2)), 'head': jnp.ones(2)}
@@ -106,6 +109,9 @@ class Separate:
     if part == STACK:
       self._sizes = {index[path]: x.shape for path, x in found}
 
+  def _count(self):
+    return jax.tree.leaves(self._params[STACK])[0].shape[0]
+
   def _layer(self, layers=1):
     """The parameters with a stack of so many layers."""
     return self._params | {
@@ -126,7 +132,7 @@ class Separate:
 
   def _find_axes(self, own):
     """Index of a leaf of the layers' state -> (axis, entries of a layer)."""
-    layers = jax.tree.leaves(self._params[STACK])[0].shape[0]
+    layers = self._count()
     higher = jax.tree.leaves(self._init(self._layer(layers + 1)))
     axes = {}
     for i in own:
@@ -156,24 +162,11 @@ class Separate:
       if i not in self.shared
     }
     n, m = len(params), len(self._structs)
-
-    def function(*inputs):
-      updates, state = self._tx.update(
-        treedef.unflatten(inputs[:n]),
-        self._treedef.unflatten(inputs[2 * n : 2 * n + m]),
-        treedef.unflatten(inputs[n : 2 * n]),
-        value=inputs[-2],
-        key=inputs[-1],
-      )
-      return treedef.flatten_up_to(updates) + self._treedef.flatten_up_to(state)
-
-    whole = [x for _, x in params]
-    key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
-    value = jax.ShapeDtypeStruct((), jnp.float32)
+    jaxpr = self._trace(self._params, treedef)
+    self._check_draws(jaxpr, treedef)
     stacked = [0 if part == STACK else None for part in of_params]
     facts = dependence.find(
-      function,
-      [*whole, *whole, *self._structs, value, key],
+      jaxpr,
       [
         *(2 * stacked),
         *map(self._axis, range(m)),
@@ -211,6 +204,39 @@ class Separate:
         raise NotSeparable(f'its state {what} depends on {found}')
       elif x.mixes and i in self.axes:
         raise NotSeparable(f'its state {what} sums over all layers')
+
+  def _trace(self, params, treedef):
+    """An update of all parts, by data: leaves in, leaves out."""
+    whole = jax.tree.leaves(params)
+    state, state_treedef = jax.tree.flatten(self._init(params))
+    n, m = len(whole), len(state)
+
+    def function(*inputs):
+      updates, state = self._tx.update(
+        treedef.unflatten(inputs[:n]),
+        state_treedef.unflatten(inputs[2 * n : 2 * n + m]),
+        treedef.unflatten(inputs[n : 2 * n]),
+        value=inputs[-2],
+        key=inputs[-1],
+      )
+      return treedef.flatten_up_to(updates) + state_treedef.flatten_up_to(state)
+
+    key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
+    value = jax.ShapeDtypeStruct((), jnp.float32)
+    return dependence.trace(function, [*whole, *whole, *state, value, key])
+
+  def _check_draws(self, jaxpr, treedef):
+    """Raises if more layers make it draw more from one key."""
+    higher = self._trace(self._layer(self._count() + 1), treedef)
+    drawn, more = (
+      collections.Counter(dependence.draws(x)) for x in (jaxpr, higher)
+    )
+    if drawn != more:
+      shape = next(iter((drawn - more) or (more - drawn)))
+      raise NotSeparable(
+        f'it draws random numbers of the shape {shape} for all layers from one '
+        'key: each layer alone would draw the same'
+      )
 
   def _axis(self, i):
     """The axis of layers; not of integers, which clocks look at together."""

@@ -102,10 +102,16 @@ def get_config(arg=None):
   # ordinary, or layerwise: each layer is updated inside of the backward pass
   # and its gradient dropped.
   c.step = 'ordinary'
+  # The memory of the optimizer's state: device, or pinned_host, the host's. The
+  # layer-wise step fetches one layer's at a time, the ordinary one all.
+  c.opt_state = 'device'
   c.layerwise = ConfigDict()
   # What clip_norm bounds: global, by a second backward pass; or layer, the norm
   # of each layer's gradient.
   c.layerwise.clip = 'global'
+  # The memory that keeps the inputs of the layers for each micro-batch: device,
+  # or pinned_host, the host's.
+  c.layerwise.inputs = 'device'
   c.clip_norm = 1.0  # global norm of the gradient; 0: no clipping
   c.z_loss = 0.0
   # Blocks of logits without a label and with no probability above this, say

@@ -57,6 +57,8 @@ def _train(config, steps, state=None, devices=1):
   with jax.set_mesh(program.layout.mesh):
     if state is None:
       state = program.init(jax.random.PRNGKey(0))
+    else:
+      state = jax.device_put(state, program.shardings)
     for _ in range(steps):
       batch = _batch(config, int(state.step))
       state, metrics = program.train_step(state, program.put(batch))
@@ -165,6 +167,70 @@ def test_bfloat16_weights_are_rounded_by_the_same_random_bits(config):
   assert max(differ) < 0.01
 
 
+@pytest.mark.parametrize(
+  ('devices', 'options'),
+  [
+    (1, {'accumulation': 2}),
+    pytest.param(1, {'layerwise__clip': 'layer'}, marks=pytest.mark.slow),
+    pytest.param(
+      8,
+      {'mesh': 'fsdp=2,tensor=4', 'accumulation': 4},
+      marks=pytest.mark.slow,
+    ),
+  ],
+  ids=['micro-batches', 'one', 'sharded'],
+)
+def test_the_memory_of_the_inputs_changes_no_bit(devices, options, config):
+  """Nor when it changes between two resumes."""
+  options |= {'name': 'galore', 'step': 'layerwise'}
+  on_device = config(**options)
+  in_host = config(**options, layerwise__inputs='pinned_host')
+  want = _train(on_device, 4, devices=devices)
+  half, rows = _train(in_host, 2, devices=devices)
+  got, more = _train(in_host, 2, half, devices=devices)
+  jax.tree.map(np.testing.assert_array_equal, (got, rows + more), want)
+  half, _ = _train(on_device, 2, devices=devices)
+  got, _ = _train(in_host, 2, half, devices=devices)
+  jax.tree.map(np.testing.assert_array_equal, got, want[0])
+
+
+@pytest.mark.slow
+def test_low_bit_products_round_by_the_same_keys(config):
+  """A last bit of a gradient may turn a code of it; another key turns many.
+
+  The ordinary step adds up in another order, so a gradient that is rounded at
+  random may differ by a code here and there, of tens of thousands.
+  """
+  sgd = {'name': 'sgd', 'matmul': 'int8', 'clip_norm': 0.0, 'accumulation': 2}
+  sgd |= {'optimizer__learning_rate': 1.0, 'schedule__warmup_steps': 0}
+  ordinary, layerwise = config(**sgd), config(**sgd, step='layerwise')
+  begin, _ = _train(ordinary, 0)
+  want, rows = _train(ordinary, 1, begin)
+  got, got_rows = _train(layerwise, 1, begin)
+  other, _ = _train(layerwise, 1, begin._replace(key=begin.key + 1))
+  # Forward products round to nearest.
+  np.testing.assert_allclose(got_rows[0]['loss'], rows[0]['loss'], rtol=1e-6)
+
+  def distance(state):
+    """Of two gradients of the layers' kernels, by the length of one."""
+    kernels = [
+      [x['layers'][k] for x in (state.params, want.params, begin.params)]
+      for k in ('attn', 'mlp')
+    ]
+    pairs = [
+      (a - b, b - c)
+      for trees in kernels
+      for a, b, c in zip(*map(jax.tree.leaves, trees), strict=True)
+    ]
+    apart, length = (
+      sum(np.sum(np.square(x)) for x in arrays)
+      for arrays in zip(*pairs, strict=True)
+    )
+    return np.sqrt(apart / length)
+
+  assert distance(got) < 0.01 * distance(other)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['adamw', 'galore'])
 def test_sharded_equals_one_device(name, config):
@@ -244,6 +310,11 @@ def test_a_step_that_is_not_finite_is_left_out(config):
     ({'name': 'lisa'}, 'cannot run optimizer lisa.*layers are drawn'),
     ({'name': 'adafactor'}, 'adafactor.*sums over all layers of layers/'),
     ({'name': 'prodigy'}, 'prodigy.*depends on'),
+    (
+      {'name': 'noisy_sgd', 'optimizer__key': 0},
+      'noisy_sgd.*draws random numbers of the shape .* for all layers',
+    ),
+    ({'layerwise__inputs': 'host'}, "layerwise.inputs 'host'.*pinned_host"),
     ({'step': 'layers'}, "step 'layers'.*layerwise"),
     ({'layerwise__clip': 'layers'}, "clip 'layers'.*layer"),
     ({'layerwise__clip': 'layer', 'skip_nonfinite': True}, "clip='global'"),

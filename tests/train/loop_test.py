@@ -1,5 +1,6 @@
 """Whole runs: what they write, how they stop, and that they resume exactly."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -116,6 +117,23 @@ def test_a_checkpoint_restores_onto_another_mesh(
   monkeypatch.undo()
   moved = loop.train(make_config(mesh='data=2,tensor=4'), tmp_path / 'moved')
   np.testing.assert_allclose(moved['eval_loss'], whole['eval_loss'], rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('step', ['ordinary', 'layerwise'])
+def test_a_checkpoint_restores_into_another_memory_bit_for_bit(
+  step, make_config, tmp_path, monkeypatch
+):
+  def config(memory):
+    return make_config(mesh='fsdp=4,tensor=2', step=step, opt_state=memory)
+
+  loop.train(config('device'), tmp_path / 'whole')
+  for first, then in itertools.permutations(('device', 'pinned_host')):
+    _stop_at(monkeypatch, 3)
+    loop.train(config(first), tmp_path / first)
+    monkeypatch.undo()
+    loop.train(config(then), tmp_path / first)
+    _assert_same_steps(_rows(tmp_path / first), _rows(tmp_path / 'whole'))
 
 
 def _start(argv, n_devices, log, more=()):

@@ -219,8 +219,15 @@ def _versions():
 
 
 def on_device(x) -> int:
-  """Bytes of a device's part of an abstract array, without padding."""
-  shape = x.sharding.shard_shape(x.shape)
+  """Bytes of a device's part of an abstract array, without padding.
+
+  None of one in its host's memory, but on CPUs, which have no other.
+  """
+  sharding = x.sharding
+  platform = sharding.mesh.devices.flat[0].platform
+  if sharding.memory_kind == 'pinned_host' and platform != 'cpu':
+    return 0
+  shape = sharding.shard_shape(x.shape)
   return math.prod(shape) * x.dtype.itemsize
 
 

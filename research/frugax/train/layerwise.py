@@ -16,6 +16,7 @@ import optax
 
 from frugax import lowbit, names, optim
 from frugax.optim.separate import NotSeparable, Separate
+from frugax.train import memory as fx_memory
 from frugax.train import mesh as fx_mesh
 from frugax.train import step as fx_step
 from frugax.train.walk import Walk
@@ -71,6 +72,7 @@ def make_layerwise_step(
   skip_nonfinite: bool = False,
   rounding: str = 'nearest',
   constrain: Callable[[Any], Any] = lambda grads: grads,
+  inputs: str = 'device',
 ) -> Callable[..., tuple[fx_step.TrainState, dict[str, jax.Array]]]:
   """Builds the function (state, batch) -> (state, metrics); jit it, donate.
 
@@ -80,8 +82,17 @@ def make_layerwise_step(
   head with the final norm, are parts of their own.
 
   Micro-batches: all of them go forward, and each layer's gradient is summed
-  over them before it is used. So the sum is exact and costs one layer's
-  gradient; what is kept of each micro-batch are the inputs of its layers.
+  over them before it is used. So the sum is exact, whatever the optimizer makes
+  of it, and costs one layer's gradient; what is kept of each micro-batch are
+  the inputs of its layers. The host's memory can keep them: each is written
+  once and read once (with two backward passes, twice), one layer of one
+  micro-batch at a time.
+
+  The optimizer's state stays in the memory where it is given. Of a stack in the
+  host's memory, one layer is on the device at a time; stacks with one axis
+  beside that of the layers, such as the codes of a state in few bits, are there
+  whole while the layers are walked: the TPU's compiler slices none of those
+  ("Sublane slicing size not multiple of chunk sublane size").
 
   Args:
     model: has `embed`, `block`, `head`, `segments` and `config`, as
@@ -100,6 +111,8 @@ def make_layerwise_step(
       takes two passes, too; an update that is not finite is not found out.
     rounding: of bfloat16 parameters, see `optim.apply_updates`.
     constrain: gives gradients, any part of the parameters' tree, a sharding.
+    inputs: the kind of memory that keeps the inputs of layers, see `Memory`;
+      'pinned_host' makes what the device holds independent of accumulation.
 
   Returns:
     The step.
@@ -133,9 +146,12 @@ def make_layerwise_step(
     keys = jax.random.fold_in(key, 2**32 - 1)[None]  # as in the ordinary step
     if accumulation > 1:
       keys = jax.random.split(keys[0], accumulation)
-    walk = Walk(model, state.params, micros, keys, n_tokens, z_loss, constrain)
-    last, layers, enabled, factor = walk.last, state.params['layers'], True, 1.0
-    grads, dx, loss = walk.head(last)
+    memory = fx_memory.Memory(inputs)
+    walk = Walk(
+      *(model, state.params, micros, keys, n_tokens, z_loss, constrain, memory)
+    )
+    layers, enabled, factor = state.params['layers'], True, 1.0
+    grads, dx, loss = walk.head(walk.inputs)
 
     if twice:
       squares = _squares({k: grads[k] for k in head})
@@ -152,10 +168,11 @@ def make_layerwise_step(
       if skip_nonfinite:
         enabled = jnp.isfinite(loss + grad_norm)
       # The head's gradient is made again: it is not kept during the first pass.
-      last, _ = jax.lax.optimization_barrier((last, squares))
-      grads, dx, _ = walk.head(last)
+      later, _ = jax.lax.optimization_barrier((walk.inputs, squares))
+      grads, dx, _ = walk.head(later)
 
-    old = dict(enumerate(separate.flatten(state.opt_state)))
+    kept = separate.flatten(state.opt_state)
+    old = dict(enumerate(fx_memory.fetch(kept)))
     new = dict(old)
 
     def update(part, stored, values, grads, leaves, progress, layer=None):
@@ -216,7 +233,8 @@ def make_layerwise_step(
 
     def visit(at, layer, grads, values, carry):
       stacks, _, progress = carry
-      here = jax.lax.optimization_barrier(separate.layer(stacks, at))
+      here = fx_memory.fetch(separate.layer(stacks, at))
+      here = jax.lax.optimization_barrier(here)
       layer, leaves, progress = update(
         'layers',
         {'layers': layer},
@@ -227,11 +245,16 @@ def make_layerwise_step(
         (at, model.config.n_layers),
       )
       layer, leaves = jax.lax.optimization_barrier((layer, leaves))
-      stacks = separate.put(stacks, leaves, at)
+      here = fx_memory.put_like({i: leaves[i] for i in stacks}, stacks)
+      stacks = separate.put(stacks, here, at)
       common = {i: leaves[i] for i in before}
       return layer['layers'], (stacks, common, progress)
 
-    stacks = {i: old[i] for i in separate.axes}
+    # Fetched layer by layer, where a layer has two axes or more.
+    stacks = {
+      i: kept[i] if axis == 0 and kept[i].ndim > 2 else old[i]
+      for i, (axis, _) in separate.axes.items()
+    }
     dx, params['layers'], (stacks, common, progress) = walk.layers(
       dx, layers, (stacks, before, progress), visit, enabled
     )
@@ -243,7 +266,9 @@ def make_layerwise_step(
     for i, count in progress.counts.items():
       new[i] = separate.add(old[i], count)
 
-    opt_state = separate.unflatten([new[i] for i in range(len(new))])
+    opt_state = separate.unflatten(
+      fx_memory.put_like([new[i] for i in range(len(new))], kept)
+    )
     sums, skipped = progress.sums, state.skipped
     if skip_nonfinite:
       skipped = skipped + jnp.where(enabled, 0, 1)

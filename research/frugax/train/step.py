@@ -15,6 +15,7 @@ import optax
 
 from frugax import lowbit, names, optim
 from frugax.models import llama, losses
+from frugax.train import memory as fx_memory
 from frugax.train import mesh as fx_mesh
 from frugax.train import optimizer as fx_optimizer
 
@@ -126,9 +127,8 @@ def make_train_step(
     if clip_norm:
       factor = jnp.minimum(1.0, clip_norm / jnp.maximum(grad_norm, 1e-30))
       grads = jax.tree.map(lambda g: (g * factor).astype(g.dtype), grads)
-    updates, opt_state = tx.update(
-      grads, state.opt_state, values, value=loss, key=key
-    )
+    old = fx_memory.fetch(state.opt_state)
+    updates, opt_state = tx.update(grads, old, values, value=loss, key=key)
     params = optim.apply_updates(state.params, updates, key, rounding)
     update_norm = _norm(updates)
     skipped = state.skipped
@@ -137,7 +137,7 @@ def make_train_step(
       params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
         (params, opt_state),
-        (state.params, state.opt_state),
+        (state.params, old),
       )
       skipped = skipped + jnp.where(finite, 0, 1)
     metrics = {
@@ -152,6 +152,7 @@ def make_train_step(
     if schedule is not None:
       # The optimizer does not count the steps that were left out.
       metrics['learning_rate'] = schedule(state.step - state.skipped)
+    opt_state = fx_memory.put_like(opt_state, state.opt_state)
     state = TrainState(state.step + 1, params, opt_state, state.key, skipped)
     return state, metrics
 
@@ -272,6 +273,11 @@ def build(config, devices: Sequence[jax.Device] | None = None) -> Program:
       f'accumulation {config.accumulation} does not divide batch_size'
       f' {config.batch_size}'
     )
+  for name, kind in (
+    ('opt_state', config.opt_state),
+    ('layerwise.inputs', config.layerwise.inputs),
+  ):
+    fx_memory.check(name, kind, layout.mesh.devices.flat)
   layout.share()  # raises where processes cannot share out a batch
   layout.check_batch(
     config.batch_size // config.accumulation,
@@ -296,11 +302,14 @@ def build(config, devices: Sequence[jax.Device] | None = None) -> Program:
   shapes = jax.eval_shape(lowbit.load_weights, stored)
   tx, schedule = fx_optimizer.make_optimizer(config, shapes, model.axes())
   params = layout.tree(model.axes(), shapes)
+  opt_state = fx_memory.Memory(config.opt_state).shardings(
+    optim.state_shardings(tx, shapes, params), jax.eval_shape(tx.init, shapes)
+  )
   whole = layout.replicated()
   shardings = TrainState(
     step=whole,
     params=optim.state_shardings(stored, shapes, params),
-    opt_state=optim.state_shardings(tx, shapes, params),
+    opt_state=opt_state,
     key=whole,
     skipped=whole,
   )

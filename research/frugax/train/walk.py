@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from frugax import lowbit
 from frugax.models import llama
+from frugax.train.memory import Memory
 
 # (index, layer, gradient, values, carry) -> (new layer or None, carry)
 Visit = Callable[..., tuple[Any, Any]]
@@ -16,6 +17,13 @@ Visit = Callable[..., tuple[Any, Any]]
 def first(tree: Any) -> Any:
   """Stacks of height 1 as what they hold."""
   return jax.tree.map(lambda x: x[0], tree)
+
+
+def _at(tree, index):
+  """What lies there in stacks."""
+  return jax.tree.map(
+    lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree
+  )
 
 
 class Walk:
@@ -32,95 +40,113 @@ class Walk:
     n_tokens: what the sum of the losses is divided by.
     z_loss: see `frugax.train.step.make_train_step`.
     constrain: gives gradients a sharding.
+    memory: where `inputs` is, and the gradients `dx` of several micro-batches.
 
   Attributes:
-    inputs: of each layer, (micro-batches, layers, rows, length, dim).
-    last: the output of the last layer, (micro-batches, rows, length, dim).
+    inputs: of the layers and then of the head, of one micro-batch after the
+      other: (micro-batches * (layers + 1), rows, length, dim).
   """
 
-  def __init__(self, model, params, micros, keys, n_tokens, z_loss, constrain):
-    self._model, self._constrain = model, constrain
-    layer_keys, head_keys = self._each(
-      lambda key: llama.rounding_keys(model.config, key), keys
+  def __init__(
+    self, model, params, micros, keys, n_tokens, z_loss, constrain, memory
+  ):
+    self._model, self._constrain, self._memory = model, constrain, memory
+    self._micros, self._count = micros, len(keys)
+    # The only micro-batch's is what the next layer takes at once.
+    self._passed = memory if self._count > 1 else Memory()
+    self._keys = jax.vmap(lambda key: llama.rounding_keys(model.config, key))(
+      keys
     )
-    self._micros = micros | {'layer_keys': layer_keys, 'head_key': head_keys}
     self._n_tokens, self._z_loss = n_tokens, z_loss
     self._outer = {k: v for k, v in params.items() if k != 'layers'}
-    self.inputs, self.last = self._forward(params['layers'])
+    self._height = model.config.n_layers + 1  # of a micro-batch's inputs
+    self.inputs = self._forward(params['layers'])
 
   def _forward(self, layers):
-    def one(micro):
-      x, inputs = self._model.embed(self._outer, micro['tokens']), []
+    def embed(m):
+      tokens = _at(self._micros['tokens'], m)
+      return self._model.embed(self._outer, tokens)
+
+    def one(m, inputs):
+      x = embed(m)
       for start, stop, index in self._model.segments():
-        part = jax.tree.map(lambda p: p[start:stop], layers)  # noqa: B023
 
-        def layer(x, inputs, index=index):
-          return self._block(inputs[0], x, micro, index, inputs[1]), x
+        def layer(at, state, index=index):
+          x, inputs = state
+          inputs = self._memory.put(inputs, m * self._height + at, x)
+          return self._block(_at(layers, at), x, m, at, index), inputs
 
-        keys = micro['layer_keys'][start:stop]
-        x, xs = jax.lax.scan(layer, x, (part, keys))
-        inputs.append(xs)
-      return jnp.concatenate(inputs) if len(inputs) > 1 else inputs[0], x
+        x, inputs = jax.lax.fori_loop(start, stop, layer, (x, inputs))
+      return self._memory.put(inputs, (m + 1) * self._height - 1, x)
 
-    return self._each(one, self._micros)
+    x = jax.eval_shape(embed, 0)
+    height = self._count * self._height
+    inputs = self._memory.empty((height, *x.shape), x.dtype)
+    if self._count == 1:
+      return one(0, inputs)
+    return jax.lax.fori_loop(0, self._count, one, inputs)
 
-  def _block(self, layer, x, micro, index, key):
+  def _block(self, layer, x, m, at, index):
+    """What a layer makes of the input that a micro-batch has there."""
+    layer_keys, _ = self._keys
     return self._model.block(
       layer,
       x,
-      segment_ids=micro['segment_ids'],
-      positions=micro['positions'],
+      segment_ids=_at(self._micros['segment_ids'], m),
+      positions=_at(self._micros['positions'], m),
       index=index,
-      key=key,
+      key=_at(_at(layer_keys, m), at),
     )
 
-  def _each(self, function, *args):
-    """What a function makes of each micro-batch, stacked."""
-    if jax.tree.leaves(args)[0].shape[0] == 1:
-      return jax.tree.map(lambda x: x[None], function(*first(args)))
-    return jax.lax.map(lambda args: function(*args), args)
+  def _total(self, function, like, dx):
+    """The sum over micro-batches of its first results; what dx becomes.
 
-  def _total(self, function, like, *args):
-    """The sum of its first results; its second ones, stacked."""
-    if jax.tree.leaves(args)[0].shape[0] == 1:
-      grads, rest = function(*first(args))
-      return grads, jax.tree.map(lambda x: x[None], rest)
+    Args:
+      function: (m, dx) -> (arrays to be summed, dx).
+      like: the sum's shapes and dtypes.
+      dx: a stack of what each micro-batch has.
+    """
+    if self._count == 1:
+      return function(0, dx)
 
-    def body(total, args):
-      grads, rest = function(*args)
-      return jax.tree.map(jnp.add, total, grads), rest
+    def body(m, state):
+      total, dx = state
+      more, dx = function(m, dx)
+      return jax.tree.map(jnp.add, total, more), dx
 
     # Sums in float32 even for bfloat16 parameters.
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), like)
-    grads, rest = jax.lax.scan(body, zeros, args)
-    return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, like), rest
+    total, dx = jax.lax.fori_loop(0, self._count, body, (zeros, dx))
+    return jax.tree.map(lambda g, p: g.astype(p.dtype), total, like), dx
 
   def head(
-    self, last: jax.Array
+    self, inputs: jax.Array
   ) -> tuple[dict[str, Any], jax.Array, jax.Array]:
-    """Gradients of what the head uses and of the last output, and the loss.
+    """Gradients of what the head uses and of its inputs, and the loss.
 
     Args:
-      last: `self.last`, or a copy that is there later.
+      inputs: `self.inputs`, or a copy that is there later.
     """
     used = {k: v for k, v in self._outer.items() if k != 'embed'}
     if self._model.config.tie_embeddings:
       used = self._outer
 
-    def loss_fn(used, x, micro):
-      labels, key = micro['labels'], micro['head_key']
-      nll, lse = self._model.head_losses(used, x, labels, key)
-      loss = jnp.sum(nll) / self._n_tokens
-      squares = jnp.sum(jnp.square(lse)) / self._n_tokens
-      return loss + self._z_loss * squares, loss
+    def one(m, dx):
+      labels, key = _at((self._micros['labels'], self._keys[1]), m)
 
-    def one(x, micro):
-      grad_fn = jax.grad(loss_fn, (0, 1), has_aux=True)
-      (grads, dx), loss = grad_fn(used, x, micro)
-      return grads, (dx, loss)
+      def loss_fn(used, x):
+        nll, lse = self._model.head_losses(used, x, labels, key)
+        loss = jnp.sum(nll) / self._n_tokens
+        squares = jnp.sum(jnp.square(lse)) / self._n_tokens
+        return loss + self._z_loss * squares, loss
 
-    grads, (dx, losses) = self._total(one, used, last, self._micros)
-    return self._constrain(grads), dx, jnp.sum(losses)
+      x = self._memory.get(inputs, (m + 1) * self._height - 1)
+      grads, loss = jax.grad(loss_fn, (0, 1), has_aux=True)(used, x)
+      return (grads[0], loss), self._passed.put(dx, m, grads[1])
+
+    dx = self._passed.empty((self._count, *inputs.shape[1:]), inputs.dtype)
+    (grads, loss), dx = self._total(one, (used, jnp.zeros([])), dx)
+    return self._constrain(grads), dx, loss
 
   def layers(
     self,
@@ -172,15 +198,16 @@ class Walk:
     return dx, layers, carry
 
   def _layer(self, at, layer, values, dx, index):
-    def one(x, dx, micro):
+    def one(m, dx):
       def run(values, x):
         attached = first(lowbit.attach(layer, values))
-        return self._block(attached, x, micro, index, micro['layer_keys'][at])
+        return self._block(attached, x, m, at, index)
 
-      return jax.vjp(run, values, x)[1](dx)
+      x = self._memory.get(self.inputs, m * self._height + at)
+      grads, new = jax.vjp(run, values, x)[1](self._passed.get(dx, m))
+      return grads, self._passed.put(dx, m, new)
 
-    x = jax.lax.dynamic_index_in_dim(self.inputs, at, 1, keepdims=False)
-    grads, dx = self._total(one, values, x, dx, self._micros)
+    grads, dx = self._total(one, values, dx)
     return self._constrain({'layers': grads})['layers'], dx
 
   def embed(self, dx: jax.Array, tied: Any = None) -> dict[str, Any]:
@@ -192,13 +219,13 @@ class Walk:
     """
     table = {'embed': self._outer['embed']}
 
-    def one(dx, micro):
+    def one(m, dx):
       def run(table):
-        return self._model.embed(table, micro['tokens'])
+        return self._model.embed(table, _at(self._micros['tokens'], m))
 
-      return jax.vjp(run, table)[1](dx)[0], ()
+      return jax.vjp(run, table)[1](self._passed.get(dx, m))[0], dx
 
-    grads, _ = self._total(one, table, dx, self._micros)
+    grads, _ = self._total(one, table, dx)
     if tied is not None:
       grads = jax.tree.map(jnp.add, grads, {'embed': tied})
     return self._constrain(grads)

@@ -79,7 +79,11 @@ def test_a_run_writes_what_it_promises(make_config, tmp_path, capsys):
   ('arguments', 'mesh', 'overrides'),
   [
     ('size=tiny,opt=galore', 'data=1', {'accumulation': 4}),
-    ('size=tiny,opt=galore', 'fsdp=2,tensor=2,context=2', {'accumulation': 4}),
+    pytest.param(
+      *('size=tiny,opt=galore', 'fsdp=2,tensor=2,context=2'),
+      {'accumulation': 4},
+      marks=pytest.mark.slow,
+    ),
     (
       'size=tiny,opt=adamw,matmul=bf16',
       'data=2,fsdp=4',

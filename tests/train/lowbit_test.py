@@ -34,9 +34,8 @@ def _train(config, devices=None, steps=2):
   return rows, state, program
 
 
-@pytest.mark.parametrize(
-  'matmul', [pytest.param('coat', marks=pytest.mark.slow), 'w8']
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('matmul', ['coat', 'w8'])
 def test_sharded_equals_one_device(matmul, make_config):
   """Rows, weights, and what the linears round, cut over fsdp and tensor."""
   kw = {'schedule__warmup_steps': 0, 'data__sequence_length': 16}
@@ -80,6 +79,7 @@ def test_sharded_equals_one_device(matmul, make_config):
     assert error.max() < np.ptp(np.asarray(b)) / 100
 
 
+@pytest.mark.slow
 def test_random_bits_are_those_of_one_device(make_config):
   """In the gradients, too: losses hide them. With layers computed again."""
   kw = {'accumulation': 2, 'data__sequence_length': 16}

@@ -14,10 +14,13 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.skipif(
-  (sys.platform, platform.machine()) != ('linux', 'x86_64'),
-  reason='libtpu exists for Linux on x86-64 alone',
-)
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ('linux', 'x86_64'),
+    reason='libtpu exists for Linux on x86-64 alone',
+  ),
+]
 _STUDY = pathlib.Path(__file__).parents[2] / 'research' / 'studies'
 # Bytes or two codes a byte: a weight has 64 Ki numbers and more, over `tensor`.
 _WEIGHT = 256 * 256 // 2

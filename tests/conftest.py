@@ -2,6 +2,10 @@
 
 import os
 import pathlib
+import platform
+import sys
+
+import pytest
 
 # Each sets the environment of a process of its own. pytest, which looks for
 # doctests, would import them into this one.
@@ -18,3 +22,10 @@ os.environ.setdefault('PJRT_NPROC', '32')
 _CACHE = pathlib.Path(__file__).parents[1] / '.cache' / 'jax'
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
+
+
+def pytest_runtest_setup(item):
+  """Leaves out what no package exists for; where one does it must be there."""
+  here = sys.platform, platform.machine()
+  if item.get_closest_marker('libtpu') and here != ('linux', 'x86_64'):
+    pytest.skip('libtpu exists for Linux on x86-64 alone')

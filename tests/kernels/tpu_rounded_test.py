@@ -7,16 +7,12 @@ it exists, on Linux on x86-64.
 import functools
 import json
 import pathlib
-import platform
 import subprocess
 import sys
 
 import pytest
 
-pytestmark = pytest.mark.skipif(
-  (sys.platform, platform.machine()) != ('linux', 'x86_64'),
-  reason='libtpu exists for Linux on x86-64 alone',
-)
+pytestmark = pytest.mark.libtpu
 
 
 @functools.cache

@@ -7,7 +7,6 @@ it exists, on Linux on x86-64.
 import functools
 import json
 import pathlib
-import platform
 import subprocess
 import sys
 
@@ -16,10 +15,7 @@ import pytest
 CHIPS = ('v5e', 'v5p', 'v6e', 'tpu7x')
 FP8 = {'f8e4m3', 'f8e4m3fn'}
 
-pytestmark = pytest.mark.skipif(
-  (sys.platform, platform.machine()) != ('linux', 'x86_64'),
-  reason='libtpu exists for Linux on x86-64 alone',
-)
+pytestmark = pytest.mark.libtpu
 
 
 @functools.cache

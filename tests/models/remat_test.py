@@ -2,7 +2,6 @@
 
 import functools
 import os
-import platform
 import subprocess
 import sys
 
@@ -150,10 +149,7 @@ for remat in ('linears', 'offload'):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-  (sys.platform, platform.machine()) != ('linux', 'x86_64'),
-  reason='libtpu exists for Linux on x86-64 alone',
-)
+@pytest.mark.libtpu
 def test_offload_moves_the_linears_to_the_host_of_a_tpu():
   """By its compiler, which calls pinned host memory S(5)."""
   done = subprocess.run(

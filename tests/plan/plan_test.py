@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 
@@ -136,10 +135,7 @@ def test_products_are_those_of_the_model():
   assert plan.unknown == {'loops': 0, 'kernels': 0}
 
 
-@pytest.mark.skipif(
-  (sys.platform, platform.machine()) != ('linux', 'x86_64'),
-  reason='libtpu exists for Linux on x86-64 alone',
-)
+@pytest.mark.libtpu
 def test_a_plan_for_tpus(tpu_plan):
   plan, config = tpu_plan
   assert plan['devices'] == 4

@@ -1,7 +1,6 @@
 """Arrays in the memory of the host: moved there and back, on CPUs and TPUs."""
 
 import os
-import platform
 import subprocess
 import sys
 import types
@@ -133,10 +132,7 @@ for count in (2, 6):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-  (sys.platform, platform.machine()) != ('linux', 'x86_64'),
-  reason='libtpu exists for Linux on x86-64 alone',
-)
+@pytest.mark.libtpu
 def test_what_a_tpu_holds_does_not_grow_with_the_micro_batches(command_line):
   """By its compiler: inputs of layers and Adam's state are in the host."""
   argv = command_line(

@@ -8,19 +8,12 @@ import functools
 import json
 import math
 import pathlib
-import platform
 import subprocess
 import sys
 
 import pytest
 
-pytestmark = [
-  pytest.mark.slow,
-  pytest.mark.skipif(
-    (sys.platform, platform.machine()) != ('linux', 'x86_64'),
-    reason='libtpu exists for Linux on x86-64 alone',
-  ),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.libtpu]
 _STUDY = pathlib.Path(__file__).parents[2] / 'research' / 'studies'
 # Bytes or two codes a byte: a weight has 64 Ki numbers and more, over `tensor`.
 _WEIGHT = 256 * 256 // 2

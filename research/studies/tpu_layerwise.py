@@ -38,7 +38,8 @@ import jax
 from jax.experimental import topologies
 
 from frugax import config as fx_config
-from frugax.plan import buffers, compile
+from frugax.plan import buffers
+from frugax.plan import compile as fx_compile
 from frugax.train import step
 
 _GIB = 2**30
@@ -109,7 +110,7 @@ def compiled(topology, arguments, overrides):
   """The step, and the bytes of the gradients that the optimizer sees."""
   config = parse(arguments, overrides)
   program = build(topology, config)
-  batch = compile.abstract_batch(config, program)
+  batch = fx_compile.abstract_batch(config, program)
   gradients = sum(
     x.size * x.dtype.itemsize for x in jax.tree.leaves(program.shapes)
   )

@@ -227,10 +227,11 @@ class Separate:
 
   def _check_draws(self, jaxpr, treedef):
     """Raises if more layers make it draw more from one key."""
+    drawn = collections.Counter(dependence.draws(jaxpr))
+    if not drawn:
+      return
     higher = self._trace(self._layer(self._count() + 1), treedef)
-    drawn, more = (
-      collections.Counter(dependence.draws(x)) for x in (jaxpr, higher)
-    )
+    more = collections.Counter(dependence.draws(higher))
     if drawn != more:
       shape = next(iter((drawn - more) or (more - drawn)))
       raise NotSeparable(

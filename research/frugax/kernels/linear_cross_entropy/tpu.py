@@ -25,22 +25,11 @@ def forward(
   softcap: float | None,
   interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-  """See `reference.forward`; x is (N, D).
+  """As `reference.forward`, of x (N, D) and labels (N,).
 
   The grid runs over rows and, faster, over the vocabulary. Each lane has a
   largest logit and a sum of its own, which are brought together at the end: no
   step compares lanes.
-
-  Args:
-    x: (N, D).
-    w: (D, V), or (V, D).
-    labels: (N,), int32.
-    axis: of w, that is the vocabulary.
-    softcap: see `linear_cross_entropy`.
-    interpret: run as plain JAX.
-
-  Returns:
-    Two arrays (N,), float32.
   """
   n, d, vocabulary = *x.shape, w.shape[axis]
   blocks = tables.cross_entropy(d, x.dtype.itemsize)
@@ -114,26 +103,11 @@ def backward(
   filters: tuple[float | None, float | None] = (None, None),
   interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-  """See `reference.backward`; x is (N, D).
+  """As `reference.backward`, of x (N, D) and rows of N numbers.
 
   Two kernels, each of which computes the logits anew: one sums the gradient of
   a block of x over the vocabulary, the other that of a block of w over rows,
   both in float32 in VMEM.
-
-  Args:
-    x: as in `forward`.
-    w: likewise.
-    labels: likewise.
-    lse: the log-partitions, (N,).
-    g_lse: gradient with respect to them, (N,) in float32.
-    g_at: and to the logits at the labels.
-    axis: as in `forward`.
-    softcap: likewise.
-    filters: as in `reference.backward`, of blocks.
-    interpret: run as plain JAX.
-
-  Returns:
-    Two arrays, of the shapes and dtypes of x and w.
   """
   n, d, vocabulary = *x.shape, w.shape[axis]
   blocks = tables.cross_entropy(d, x.dtype.itemsize, backward=True)

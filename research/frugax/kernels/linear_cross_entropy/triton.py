@@ -30,21 +30,11 @@ def forward(
   softcap: float | None,
   interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-  """See `reference.forward`; x is (N, D).
+  """As `reference.forward`, of x (N, D) and labels (N,).
 
   A part of the vocabulary at a time, a program computes a block of logits and
-  writes the log-partition of each of its rows, and its logit at the label.
-
-  Args:
-    x: (N, D).
-    w: (D, V), or (V, D).
-    labels: (N,), int32.
-    axis: of w, that is the vocabulary.
-    softcap: see `linear_cross_entropy`.
-    interpret: run as plain JAX.
-
-  Returns:
-    Two arrays (N,), float32.
+  writes the log-partition of each of its rows, and its logit at the label. With
+  `interpret` it runs as plain JAX.
   """
   n, vocabulary = len(x), w.shape[axis]
   blocks = tables.gpu_cross_entropy(x.dtype.itemsize)
@@ -92,7 +82,7 @@ def backward(
   filters: tuple[float | None, float | None] = (None, None),
   interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-  """See `reference.backward`; x is (N, D).
+  """As `reference.backward`, of x (N, D) and rows of N numbers.
 
   A part of the vocabulary at a time, the logits are computed anew, and a kernel
   writes their gradients in x's dtype. Two others multiply these: one adds to
@@ -100,21 +90,6 @@ def backward(
   of the part of w. Each number is written by one program: the order of sums,
   and so the result, is always the same. What a filter leaves out of these two
   is neither read nor multiplied.
-
-  Args:
-    x: as in `forward`.
-    w: likewise.
-    labels: likewise.
-    lse: the log-partitions, (N,).
-    g_lse: gradient with respect to them, (N,) in float32.
-    g_at: and to the logits at the labels.
-    axis: as in `forward`.
-    softcap: likewise.
-    filters: as in `reference.backward`, of blocks.
-    interpret: run as plain JAX.
-
-  Returns:
-    Two arrays, of the shapes and dtypes of x and w.
   """
   n, d, vocabulary = *x.shape, w.shape[axis]
   blocks = tables.gpu_cross_entropy(x.dtype.itemsize)

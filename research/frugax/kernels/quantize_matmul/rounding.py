@@ -130,7 +130,7 @@ class Rounding:
     # the even one. Its last bits are the code's: a conversion to integers takes
     # a TPU five operations. Mid-rise, what is half-way goes to the even
     # multiple before a half is taken off: 0 to -1/2, whose code is -1. All bits
-    # of -n turned are n - 1.
+    # of -n turned are n - 1. `_MIDDLE` less a half is no float32.
     x = _MIDDLE - (x + half) if half else _MIDDLE + x
     bits = lax.bitcast_convert_type(x, jnp.int32)
     if halves:

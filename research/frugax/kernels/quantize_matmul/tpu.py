@@ -18,7 +18,7 @@ from frugax.kernels.quantized_matmul.reference import scaled
 
 _TILE = 128
 _UNROLL = 48  # tiles of a row
-_ROWS = 128  # tiles of several rows
+_AT_ONCE = 128  # tiles of several rows
 _LARGEST = 2.0**100
 
 
@@ -346,7 +346,7 @@ def _quantize(plan, x, fold, h, codes, line, results):
   # Several short rows at once, so that some are written while the scales of
   # others are computed.
   count = plan.rows // _TILE
-  unroll = 1 if whole > _UNROLL else _unroll(count, _ROWS // max(whole, 1))
+  unroll = 1 if whole > _UNROLL else _unroll(count, _AT_ONCE // max(whole, 1))
   lax.fori_loop(0, count, some_rows, 0, unroll=unroll)
   for kept, result in zip(line, results, strict=True):
     if result is not None:

@@ -5,7 +5,7 @@
 
 LLaMA `tiny` (1.2 M parameters, bytes) on the standard library's source: bf16
 and 34 recipes, one or more of each family of `frugax.lowbit.recipe`, with AdamW
-and with Stable-SPAM, three seeds, runs of 250 steps: 100 minutes on two CPU
+and with Stable-SPAM, three seeds, runs of 200 steps: 100 minutes on two CPU
 cores that did other work beside. recipes.log: seeds differ by as much as most
 recipes cost, so that at this size hardly one link of an order is decided. Not
 run by us yet: --size=10m and --size=60m, on one GPU with --jobs=1. Interrupted,
@@ -66,7 +66,7 @@ class Size:
 
 
 SIZES = {
-  'tiny': Size(250, 2, 128, 30_000),
+  'tiny': Size(200, 2, 128, 30_000),
   '10m': Size(1000, 64, 256, 200_000),
   '60m': Size(2000, 128, 256, 200_000),
 }

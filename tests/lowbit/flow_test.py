@@ -101,6 +101,29 @@ def test_bytes_that_stay(name, each):
   assert kept == 2 * x.size * each
 
 
+def test_a_key_may_be_traced_where_the_operation_is():
+  """As a layer's key is within a scan over the layers."""
+  keys = jax.random.split(jax.random.key(3), 2)
+
+  def layer(x, key):
+    few = lowbit.keep_in_few_bits(jnp.tanh, lowbit.flow('jetfire'), key)
+    return few((x,)), None
+
+  def gradient(x, walk):
+    return jax.jit(jax.grad(lambda x: walk(layer, x, keys)[0].sum()))(x)
+
+  def by_hand(layer, x, keys):
+    for i in range(len(keys)):
+      x, _ = layer(x, keys[i])
+    return x, None
+
+  x = normal(4, 40)
+  scanned, other = gradient(x, lax.scan), gradient(x, by_hand)
+  np.testing.assert_allclose(scanned, other, rtol=1e-6)
+  keys = keys[::-1]
+  assert (gradient(x, by_hand) != other).any()
+
+
 def test_jit_scan_vmap_and_remat_give_the_same_and_no_nan():
   """Of the flow with random bits."""
   few = lowbit.keep_in_few_bits(swiglu, lowbit.flow('jetfire'))

@@ -140,26 +140,27 @@ def keep_in_few_bits(
   if flow == Flow():
     return lambda inputs, others=(): function(*inputs, *others)
 
-  def forward(inputs, others):
+  # The key is an operand: what a custom_vjp closes over must not be traced.
+  def forward(inputs, others, key):
     coded = tuple(_coded(flow.saved, x, None, key) for x in inputs)
     seen = inputs if flow.exact else _arrays(coded, inputs)
     # Arrays of no elements bring the dtypes along.
     like = tuple(jnp.zeros((0,), x.dtype) for x in inputs)
-    return function(*seen, *others), (coded, others, like)
+    return function(*seen, *others), (coded, others, like, key)
 
   @jax.custom_vjp
-  def operation(inputs, others):
-    return forward(inputs, others)[0]
+  def operation(inputs, others, key):
+    return forward(inputs, others, key)[0]
 
   def backward(residuals, g):
-    coded, others, like = residuals
+    coded, others, like, key = residuals
     g = _arrays((_coded(flow.gradient, g, 1, key),), (g,))[0]
     inputs = _arrays(coded, like)
     back = jax.vjp(function, *inputs, *others)[1](g)
-    return back[: len(inputs)], back[len(inputs) :]
+    return back[: len(inputs)], back[len(inputs) :], None
 
   operation.defvjp(forward, backward)
-  return lambda inputs, others=(): operation(tuple(inputs), tuple(others))
+  return lambda inputs, others=(): operation(tuple(inputs), tuple(others), key)
 
 
 def _coded(operand, x, index, key):

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Trains on this machine: on all of its accelerators, or else on its CPU.
+#
+#   launch/local.sh --workdir=runs/tiny \
+#     --config=configs/llama.py:size=tiny,opt=galore --config.steps=300
+#
+# Give the same command again to go on from the latest checkpoint. The default
+# data set, Python's standard library, is written to ./data first.
+#
+#   --workdir=DIR  the run's folder
+#   --config=...   and --config.FIELD=VALUE: the trainer's, as they are
+#   --dry-run      print the commands, one a line, and run none
+#
+# PYTHON says which interpreter; by default the repository's .venv/bin/python,
+# where there is one, or python3. The exit status is 0 when all steps are done,
+# 143 when SIGTERM or Ctrl-C ended the run, which has saved and will go on, 1
+# when the run failed and 2 when the config is wrong.
+
+set -euo pipefail
+# shellcheck source=launch/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+parse 'workdir=' "$@"
+need workdir 'the folder of the run'
+check_train
+
+python=$(interpreter)
+trainer=("$python" -m frugax.train "--workdir=$opt_workdir" "${TRAIN[@]}")
+
+if reads_stdlib; then
+  run "$python" -m frugax.train.corpus --data_dir=data
+fi
+if [ -n "$opt_dry_run" ]; then
+  show "${trainer[@]}"
+  exit
+fi
+
+before=$(summary_time "$python" "$opt_workdir")
+"${trainer[@]}" &
+child=$!
+# A mounted bucket gets a file when it is closed, or synchronised: the metrics,
+# which stay open, would be lost with the machine.
+while sleep 60; do
+  sync "$opt_workdir/metrics.jsonl"
+done >/dev/null 2>&1 </dev/null &
+syncing=$!
+trap 'kill -TERM "$child" 2>/dev/null || true' TERM
+trap ':' INT # a terminal's Ctrl-C reaches the trainer by itself
+status=0
+wait_for "$child" || status=$?
+kill "$syncing"
+if ((status == 0)) &&
+  [ "$(summary_time "$python" "$opt_workdir")" = "$before" ]; then
+  status=$STOPPED
+fi
+exit "$status"

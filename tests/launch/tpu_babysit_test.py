@@ -1,0 +1,152 @@
+"""launch/tpu_babysit.sh, with TPUs that are taken away."""
+
+import contextlib
+import subprocess
+import time
+
+import pytest
+
+from . import fake
+from .tpu_vm_test import RUN, flag, runs
+
+
+@contextlib.contextmanager
+def babysitter(launcher, *options):
+  """The script, running; it must have ended when the block does."""
+  process = subprocess.Popen(
+    launcher.command('tpu_babysit.sh', *RUN, '--spot', *options),
+    cwd=launcher.folder,
+    env=launcher.environ,
+    stderr=subprocess.PIPE,
+    stdout=subprocess.DEVNULL,
+    text=True,
+  )
+  try:
+    yield process
+  finally:
+    process.kill()
+    process.stderr.close()
+
+
+def wait_until(condition):
+  """Waits for something that happens in other processes."""
+  end = time.monotonic() + 60
+  while not condition():
+    assert time.monotonic() < end
+    time.sleep(0.1)
+
+
+def steps(launcher):
+  """The calls that create and delete."""
+  calls = [c[4] for c in launcher.calls('gcloud')]
+  return [c for c in calls if c in ('create', 'delete')]
+
+
+@pytest.fixture
+def preempt(launcher, monkeypatch):
+  """Takes the TPU away: its hosts are gone, its name stays."""
+  monkeypatch.setattr(fake, '_FAKE', launcher.folder)
+
+  def now():
+    (launcher.folder / 'state').write_text('PREEMPTED')
+    fake.preempt()
+
+  return now
+
+
+@pytest.mark.slow
+def test_a_preempted_run_goes_on(launcher, preempt):
+  with babysitter(launcher) as process:
+    wait_until(lambda: len(runs(launcher)) == 2)
+    preempt()
+    wait_until(lambda: len(runs(launcher)) == 4)
+    (launcher.folder / 'steps').write_text('0')
+    assert process.wait(60) == 0
+    told = process.stderr.read()
+  assert steps(launcher) == ['create', 'delete', 'create', 'delete']
+  # In the same folder, with the same arguments.
+  assert len({tuple(run['argv'][3:]) for run in runs(launcher)}) == 1
+  workdirs = {flag(run['argv'], 'workdir')[-30:] for run in runs(launcher)}
+  assert len(workdirs) == 1
+  assert 'the TPU is PREEMPTED' in told and 'all steps are done' in told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('status', 'gives', 'message'),
+  [(1, 1, 'failed with status 1'), (2, 2, 'failed with status 2')],
+)
+def test_a_run_that_fails_is_not_started_again(
+  launcher, status, gives, message
+):
+  (launcher.folder / 'steps').write_text(str(status))
+  with babysitter(launcher) as process:
+    assert process.wait(60) == gives
+    assert message in process.stderr.read()
+  assert steps(launcher) == ['create', 'delete']
+  assert len(runs(launcher)) == 2
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_started_again_and_given_up(launcher):
+  """137 is what a host gives that the kernel, or another host, has killed."""
+  (launcher.folder / 'steps').write_text('137')
+  with babysitter(launcher, '--restarts=3', '--keep') as process:
+    assert process.wait(90) == 3
+    assert 'giving up after 3 failures in a row' in process.stderr.read()
+  assert steps(launcher) == ['create']
+  assert len(runs(launcher)) == 6  # the first start and two more, on two hosts
+
+
+@pytest.mark.slow
+def test_a_run_stopped_by_its_user_stays_stopped(launcher):
+  with babysitter(launcher) as process:
+    wait_until(lambda: len(runs(launcher)) == 2)
+    assert launcher.run('tpu_vm.sh', 'stop', *RUN).returncode == 0
+    assert process.wait(60) == 143
+    assert 'was stopped, and has saved' in process.stderr.read()
+
+
+def test_no_capacity_is_waited_for_with_an_end(launcher):
+  (launcher.folder / 'fail').write_text('create\n' * 9)
+  with babysitter(launcher, '--restarts=4') as process:
+    assert process.wait(60) == 3
+    told = process.stderr.read()
+  assert told.count('there is no TPU to be had') == 4
+  assert steps(launcher) == ['create'] * 4
+
+
+def test_no_answer_deletes_nothing(launcher):
+  """A laptop without network must not take its TPU for gone."""
+  (launcher.folder / 'state').write_text('READY')
+  (launcher.folder / 'fail').write_text('describe\n' * 9)
+  with babysitter(launcher, '--restarts=2') as process:
+    assert process.wait(60) == 3
+    assert 'Google Cloud does not answer' in process.stderr.read()
+  assert steps(launcher) == []
+
+
+def test_the_plan(launcher):
+  planned = launcher.dry_run('tpu_babysit.sh', *RUN, '--spot', '--keep')
+  alone = [
+    *launcher.dry_run('tpu_vm.sh', 'report', *RUN, '--spot'),
+    *launcher.dry_run('tpu_vm.sh', 'up', *RUN, '--spot'),
+    *launcher.dry_run('tpu_vm.sh', 'run', '--detach', *RUN, '--spot'),
+    *launcher.dry_run('tpu_vm.sh', 'report', *RUN, '--spot'),
+  ]
+  assert planned == alone
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    (['--restarts=0'], "restarts '0' is not valid"),
+    (['--detach'], '--detach: leave it out'),
+    (['--zone=here'], "zone 'here' is not valid"),
+  ],
+)
+def test_wrong_options(launcher, options, message):
+  done = launcher.run('tpu_babysit.sh', *RUN, *options)
+  assert done.returncode == 2
+  assert message in done.stderr
+  assert launcher.calls() == []

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# What launch/slurm.sbatch has srun start: a trainer, which SIGUSR1 asks to save
+# and to end. (srun takes a SIGTERM of its step for the step's end, and kills
+# what has not ended when Slurm's KillWait is over, 30 s as a rule.)
+#
+#   launch/slurm_task.sh COMMAND...
+
+set -euo pipefail
+# shellcheck source=launch/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+# Slurm signals all processes of a task: the trainer is to ignore SIGUSR1, and
+# this shell to outlive SIGTERM, which the trainer has as well.
+trap '' USR1
+"$@" &
+child=$!
+trap 'kill -TERM "$child" 2>/dev/null || true' USR1
+trap ':' TERM
+wait_for "$child"

@@ -1,0 +1,195 @@
+"""launch/sweep.py: a command for each point."""
+
+import doctest
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from .conftest import AWKWARD, ROOT, words
+
+_PATH = ROOT / 'launch' / 'sweep.py'
+_spec = importlib.util.spec_from_file_location('frugax_launch_sweep', _PATH)
+sweep = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(sweep)
+
+THREE = """
+def sweep():
+  for rank in (8, 16, 32):
+    yield {'config': 'configs/llama.py:size=tiny', 'optimizer.rank': rank}
+"""
+
+
+def run(launcher, step, text, *arguments, **environ):
+  """Runs the script on a sweep; the folder of its points is sweep/."""
+  (launcher.folder / 'file.py').write_text(text)
+  return subprocess.run(
+    [
+      *(sys.executable, _PATH, step, 'file.py'),
+      *('--workdir=sweep', *arguments),
+    ],
+    cwd=launcher.folder,
+    env=launcher.environ
+    | {'PYTHON': str(launcher.folder / 'bin' / 'python')}
+    | environ,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+def trained(launcher):
+  """The folders of the points that were trained, in order."""
+  calls = [c for c in launcher.calls('python') if 'frugax.train' in c]
+  return [next(a for a in c if a.startswith('--workdir='))[10:] for c in calls]
+
+
+def test_examples():
+  assert doctest.testmod(sweep).failed == 0
+  assert doctest.testmod(sweep).attempted >= 2
+
+
+def test_prints_one_line_a_point(launcher):
+  done = run(launcher, 'print', THREE)
+  local = str(ROOT / 'launch' / 'local.sh')
+  assert [words(line) for line in done.stdout.splitlines()] == [
+    [
+      local,
+      f'--workdir=sweep/tiny,rank={rank}',
+      '--config=configs/llama.py:size=tiny',
+      f'--config.optimizer.rank={rank}',
+    ]
+    for rank in (8, 16, 32)
+  ]
+  assert launcher.calls() == []
+  assert run(launcher, 'run', THREE, '--dry-run').stdout == done.stdout
+
+
+def test_runs_what_is_left(launcher):
+  (launcher.folder / 'steps').write_text('0')
+  first = run(launcher, 'run', THREE)
+  assert first.returncode == 0, first.stderr
+  folders = [f'sweep/tiny,rank={rank}' for rank in (8, 16, 32)]
+  assert trained(launcher) == folders
+  # Nothing is done twice; a new point is, and one that asks for more steps.
+  assert run(launcher, 'run', THREE).returncode == 0
+  assert trained(launcher) == folders
+  done = run(launcher, 'run', THREE.replace('32', '64'))
+  assert '1 of 3 points are left' in done.stderr
+  assert trained(launcher)[3:] == ['sweep/tiny,rank=64']
+  longer = THREE.replace('rank}', "rank, 'steps': 2, 'name': f'r{rank}'}")
+  assert run(launcher, 'run', longer).returncode == 0
+  assert len(trained(launcher)) == 7
+  assert len(run(launcher, 'print', longer).stdout.splitlines()) == 3
+
+
+def test_a_failed_point_is_told_and_run_again(launcher):
+  (launcher.folder / 'steps').write_text('1')
+  done = run(launcher, 'run', THREE, '--jobs=3')
+  assert done.returncode == 1
+  assert '3 points have failed' in done.stderr
+  (launcher.folder / 'steps').write_text('0')
+  assert run(launcher, 'run', THREE).returncode == 0
+  assert len(trained(launcher)) == 6
+
+
+def test_awkward_values_arrive(launcher):
+  key, value = AWKWARD[0].removeprefix('--config.').split('=', 1)
+  text = f"""
+def sweep():
+  yield {{'config': 'configs/llama.py', {key!r}: {value!r},
+         'model.matmul_rules': [['mlp/down', 'int8']], 'compat_eval': True}}
+"""
+  (launcher.folder / 'steps').write_text('0')
+  (line,) = run(launcher, 'print', text).stdout.splitlines()
+  assert run(launcher, 'run', text).returncode == 0
+  call = next(c for c in launcher.calls('python') if 'frugax.train' in c)
+  assert call[5:] == [*AWKWARD[:2], '--config.compat_eval=true']
+  assert words(line)[1:] == call[3:]
+
+
+def test_through_another_launcher(launcher):
+  options = ('--', '--topology=v5e:2x2', '--zone=us-west4-a')
+  script = f'{ROOT / "launch" / "tpu_vm.sh"} up'
+  done = run(launcher, 'print', THREE, f'--launcher={script}', *options)
+  for line in done.stdout.splitlines():
+    argv = words(line)
+    assert argv[:4] == [*script.split(), *options[1:]]
+  slurm = f'--launcher={ROOT / "launch" / "slurm.sbatch"}'
+  done = run(launcher, 'run', THREE, slurm, '--', '--nodes=2')
+  assert done.returncode == 0, done.stderr
+  submitted = launcher.calls('sbatch')
+  assert len(submitted) == 3
+  names = {a for c in submitted for a in c if a.startswith('--job-name=')}
+  assert len(names) == 3  # jobs of one name would wait for each other
+
+
+def test_a_bucket_is_looked_at_once(launcher, monkeypatch):
+  calls = []
+
+  def copy(command, **_):
+    calls.append(command)
+    return subprocess.CompletedProcess(command, 0, '', '')
+
+  monkeypatch.setattr(sweep.subprocess, 'run', copy)
+  monkeypatch.setattr(sweep, '_ROOT', launcher.folder)
+  folder = sweep._local('gs://my-bucket/rank', refresh=True)
+  assert folder == launcher.folder / '.cache/sweeps/my-bucket/rank'
+  (command,) = calls
+  assert command[-2:] == ('gs://my-bucket/rank', str(folder))
+  sweep._local('gs://my-bucket/rank', refresh=False)
+  assert len(calls) == 1
+
+
+def test_results_in_one_table(launcher):
+  for rank in (8, 16):
+    folder = launcher.folder / 'sweep' / f'tiny,rank={rank}'
+    folder.mkdir(parents=True)
+    row = {'step': 5, 'loss': 2.5, 'tokens': 64, 'seconds': 1.0}
+    (folder / 'metrics.jsonl').write_text(json.dumps(row) + '\n')
+  here = {'PYTHONPATH': str(ROOT / 'research'), 'PYTHON': sys.executable}
+  done = run(launcher, 'table', THREE, **here)
+  assert done.returncode == 0, done.stderr
+  assert 'tiny,rank=8 ' in done.stdout and 'tiny,rank=16 ' in done.stdout
+  assert 'rank=32' not in done.stdout
+  assert (launcher.folder / 'sweep' / 'loss.png').exists()
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    ('', 'defines no sweep()'),
+    ("def sweep(): yield {'optimizer.rank': 8}", 'point 0 of the sweep has no'),
+    ('def sweep(): yield 8', "has no 'config'"),
+    (
+      "def sweep(): yield {'config': 'a', 'optimizer rank': 8}",
+      "'optimizer rank' is no field of a config",
+    ),
+    (
+      "def sweep(): yield {'config': 'a', 'name': '../up'}",
+      "'../up' is no name for a folder",
+    ),
+    (
+      'def sweep():\n  for _ in range(2): yield {"config": "a", "name": "b"}',
+      "points 0 and 1 are both 'b'",
+    ),
+  ],
+)
+def test_a_wrong_sweep(launcher, text, message):
+  done = run(launcher, 'run', text)
+  assert done.returncode == 2
+  assert message in done.stderr
+  assert len(done.stderr.splitlines()) == 1
+
+
+def test_wrong_options(launcher):
+  done = run(launcher, 'prnt', THREE)
+  assert done.returncode == 2
+  assert "unknown step 'prnt': did you mean 'print'?" in done.stderr
+  assert (
+    '--jobs=0: give 1 or more' in run(launcher, 'run', THREE, '--jobs=0').stderr
+  )
+  done = run(launcher, 'table', THREE)
+  assert done.returncode == 2 and 'no point of sweep has begun' in done.stderr

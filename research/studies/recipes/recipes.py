@@ -5,10 +5,9 @@
 
 LLaMA `tiny` (1.2 M parameters, bytes) on the standard library's source: bf16
 and 34 recipes, one or more of each family of `frugax.lowbit.recipe`, with AdamW
-and with Stable-SPAM, three seeds, runs of 200 steps: 100 minutes on two CPU
-cores that did other work beside. recipes.log: seeds differ by as much as most
-recipes cost, so that at this size hardly one link of an order is decided. Not
-run by us yet: --size=10m and --size=60m, on one GPU with --jobs=1. Interrupted,
+and with Stable-SPAM, three seeds, runs of 200 steps: under an hour on two CPU
+cores. recipes.log: seeds differ by as much as most recipes cost, so that at
+this size not one link of an order is decided. Not run by us yet: --size=10m and --size=60m, on one GPU with --jobs=1. Interrupted,
 the same command goes on; --report trains nothing and tells of the runs that are
 done. WORKDIR gets one folder a run, recipes.json, recipes.png.
 

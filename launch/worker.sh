@@ -14,7 +14,7 @@ set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
 HERE=$HOME/frugax
-UV=0.9.7
+UV=0.13.8
 PYTHON_VERSION=3.12 # of launch/constraints/py312.txt
 
 # The images' own Python is older than 3.11.
@@ -33,7 +33,8 @@ mount_bucket() {
   local rest=${1#gs://}
   local folder=$HERE/buckets/${rest%%/*}
   if ! mountpoint -q "$folder"; then
-    command -v gcsfuse >/dev/null || install_gcsfuse
+    # (An image may have none, or one that is too old.)
+    [[ $(gcsfuse --help 2>&1) == *negative-ttl* ]] || install_gcsfuse
     mkdir -p "$folder"
     gcsfuse --implicit-dirs --rename-dir-limit=1000000 \
       --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \

@@ -120,6 +120,9 @@ def uv(arguments):
 
 def gcsfuse(arguments):
   """A bucket that is a folder of the cloud."""
+  if arguments == ['--help']:
+    print('--metadata-cache-negative-ttl-secs')
+    return 0
   *_, bucket, folder = arguments
   there = _FAKE / 'buckets' / bucket
   there.mkdir(parents=True, exist_ok=True)

@@ -4,11 +4,13 @@ The cluster is this machine: munged, slurmctld and slurmd of Debian's slurm-wlm,
 started for the test in a folder of their own.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -121,7 +123,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_interval=1,batch_sched_delay=0,defer_batch
 JobCompType=jobcomp/none
-KillWait=60
+KillWait=250
 ReturnToService=2
 NodeName={host} NodeHostname={host} NodeAddr=127.0.0.1 CPUs={cpus} \\
   RealMemory=1000 State=UNKNOWN
@@ -221,6 +223,12 @@ class Cluster:
       except subprocess.TimeoutExpired:
         daemon.kill()
         daemon.wait()
+    # What a daemon has left behind, by the variable that all have from here.
+    mine = f'SLURM_CONF={self.environ["SLURM_CONF"]}\0'.encode()
+    for process in pathlib.Path('/proc').glob('[0-9]*'):
+      with contextlib.suppress(OSError):
+        if mine in (process / 'environ').read_bytes():
+          os.kill(int(process.name), signal.SIGKILL)
 
   def call_lines(self, what):
     """A column of the jobs that are queued or run."""
@@ -276,7 +284,7 @@ def test_a_job_trains_is_cancelled_and_resumes(cluster, tmp_path):
     capture_output=True,
   )
   log = tmp_path / 'job.log'
-  last = 60
+  last = 150
 
   def submit(*options):
     done = subprocess.run(
@@ -308,12 +316,12 @@ def test_a_job_trains_is_cancelled_and_resumes(cluster, tmp_path):
 
   # It trains, is cancelled, and has saved where it stopped.
   job = submit()
-  cluster.wait(lambda: trains_beyond(5), 'the first steps', 180)
+  cluster.wait(lambda: trains_beyond(5), 'the first steps', 600)
   second = submit()  # waits for the first: one folder, one writer
   assert cluster.state(second) == 'PENDING'
   cluster.call('scancel', second)
   cluster.call('scancel', job)
-  cluster.wait(lambda: ended(job), 'the end of the job', 90)
+  cluster.wait(lambda: ended(job), 'the end of the job', 300)
   assert 'stopped by a signal; saved at step' in log.read_text()
   stopped = int(re.findall(r'saved at step (\d+)', log.read_text())[-1])
   assert 5 < stopped < last
@@ -322,15 +330,15 @@ def test_a_job_trains_is_cancelled_and_resumes(cluster, tmp_path):
   # The same command goes on. Near its time limit the job's shell has SIGUSR1:
   # the run saves and is queued again.
   job = submit()
-  cluster.wait(lambda: trains_beyond(stopped + 3), 'a run that resumes', 180)
+  cluster.wait(lambda: trains_beyond(stopped + 3), 'a run that resumes', 600)
   text = log.read_text()
   assert f'resuming from the checkpoint at step {stopped}' in text
   cluster.call('scancel', '--batch', '--signal=USR1', job)
   again = 'the time is over: the run has saved, and the job is queued again'
-  cluster.wait(lambda: again in log.read_text(), 'the requeue', 90)
+  cluster.wait(lambda: again in log.read_text(), 'the requeue', 300)
   saved = int(re.findall(r'saved at step (\d+)', log.read_text())[-1])
   assert stopped + 3 < saved < last
-  cluster.wait(lambda: ended(job), 'the last step', 300)
+  cluster.wait(lambda: ended(job), 'the last step', 600)
   assert f'resuming from the checkpoint at step {saved}' in log.read_text()
   assert cluster.state(job) == 'COMPLETED', log.read_text()
   summary = json.loads((workdir / 'summary.json').read_text())

@@ -324,6 +324,8 @@ def _refusal(argv, folder):
       'PATH': '/usr/bin:/bin',
       'CLOUDSDK_CONFIG': str(folder),
       'CLOUDSDK_CORE_PROJECT': 'my-project',
+      # Nor may a machine in Google's cloud lend it an account.
+      'CLOUDSDK_CORE_CHECK_GCE_METADATA': 'false',
       'HOME': str(folder),
     },
     stdin=subprocess.DEVNULL,

@@ -260,7 +260,7 @@ verdict() {
 }
 
 logs() {
-  local lines=+1 now tries=0
+  local lines=+1 now tries=0 following=1
   if [ -n "$opt_dry_run" ]; then
     remote 0 "$(worker follow "$lines")"
     ask
@@ -269,11 +269,15 @@ logs() {
   trap 'note "The run goes on, and the TPU costs, until the steps stop and" \
     "down; logs shows the log again."; exit 130' INT
   while :; do
-    remote 0 "$(worker follow "$lines")" || true
+    # Where the run on the first host has ended, others may take longer.
+    if [ -n "$following" ] && remote 0 "$(worker follow "$lines")"; then
+      following=''
+    fi
     now=$(verdict 2>/dev/null)
     case $now in
       running)
-        note 'the connection was lost, the run goes on: connecting again'
+        [ -z "$following" ] ||
+          note 'the connection was lost, the run goes on: connecting again'
         tries=0
         ;;
       none) die 'no run was started on this TPU: see the step run' ;;

@@ -316,7 +316,8 @@ def test_a_job_trains_is_cancelled_and_resumes(cluster, tmp_path):
 
   # It trains, is cancelled, and has saved where it stopped.
   job = submit()
-  cluster.wait(lambda: trains_beyond(5), 'the first steps', 600)
+  cluster.wait(lambda: trains_beyond(5) or ended(job), 'the first steps', 600)
+  assert trains_beyond(5), log.read_text()
   second = submit()  # waits for the first: one folder, one writer
   assert cluster.state(second) == 'PENDING'
   cluster.call('scancel', second)
@@ -330,8 +331,10 @@ def test_a_job_trains_is_cancelled_and_resumes(cluster, tmp_path):
   # The same command goes on. Near its time limit the job's shell has SIGUSR1:
   # the run saves and is queued again.
   job = submit()
-  cluster.wait(lambda: trains_beyond(stopped + 3), 'a run that resumes', 600)
+  beyond = stopped + 3
+  cluster.wait(lambda: trains_beyond(beyond) or ended(job), 'more steps', 600)
   text = log.read_text()
+  assert trains_beyond(beyond), text
   assert f'resuming from the checkpoint at step {stopped}' in text
   cluster.call('scancel', '--batch', '--signal=USR1', job)
   again = 'the time is over: the run has saved, and the job is queued again'

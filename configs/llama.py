@@ -172,6 +172,7 @@ def get_config(arg=None):
   c.data.shuffle_rows = 4096 if args.data == 'stdlib' else 0  # see DataConfig
   c.data.num_workers = 0  # processes that read and tokenize; 0: this one
   c.data.repeat = True  # go through the data again and again
+  c.data.streams = 0  # of documents, that a batch is dealt from; 0: up to 16
 
   c.eval = ConfigDict()
   c.eval.every = 300 if tiny else 1000  # steps; 0: only at the end

@@ -45,6 +45,7 @@ LAYERS = {
     below=('config', 'quant', 'kernels', 'lowbit', 'optim', 'models'),
     libraries=(*ARRAYS, 'flax', 'optax', 'absl', 'ml_collections', 'tqdm'),
     lazy=(
+      'array_record',
       'grain',
       'orbax',
       'sentencepiece',
@@ -62,7 +63,9 @@ LAYERS = {
 }
 
 # Each of these is imported in exactly one file of the package, lazily.
-ONE_FILE = ('orbax', 'grain', 'tensorflow_datasets', 'tensorboard')
+ONE_FILE = (
+  *('array_record', 'orbax', 'grain', 'tensorflow_datasets', 'tensorboard'),
+)
 
 # Objects that run code when they are read.
 PICKLES = ('pickle', 'cPickle', 'cloudpickle', 'dill', 'joblib', 'shelve')

@@ -1,6 +1,7 @@
 """Batches: what is in them, in which order, and that they resume exactly."""
 
 import itertools
+import json
 import random
 from unittest import mock
 
@@ -8,7 +9,6 @@ import hypothesis
 import hypothesis.strategies as st
 import ml_collections
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from frugax.train import data, datasets
@@ -52,7 +52,7 @@ def cfg(data_dir):
       name='tiny', data_dir=data_dir, train_split='train',
       eval_split='validation', text_field='text', mode='packed',
       sequence_length=LENGTH, seed=0, num_workers=0, repeat=True,
-      shuffle_rows=0,
+      shuffle_rows=0, streams=0,
     )
   )  # fmt: skip
 
@@ -251,45 +251,69 @@ def test_workers_change_nothing_and_resume(cfg):
   assert_same(take(cfg, 3, state=own), after)
 
 
-@pytest.mark.parametrize('workers', [0, 1])
-def test_checkpoint_through_orbax(cfg, tmp_path, workers):
-  cfg.num_workers = workers
-  expected = take(cfg, 9)
-  batches = data.train_batches(cfg, TOK, batch_size=2)
-  state = {'step': np.arange(3)}
-  with ocp.CheckpointManager(tmp_path / 'a run') as manager:
-    for step in range(7):
-      args = ocp.args.Composite(
-        state=ocp.args.StandardSave(state), data=data.save_args(batches)
-      )
-      manager.save(step, args=args)
-      next(batches)
-  batches.close()
-  with ocp.CheckpointManager(tmp_path / 'a run') as manager:
-    for step in (6, 0) if workers else (6, 3, 0):
-      fresh = data.train_batches(cfg, TOK, batch_size=2)
-      manager.restore(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(state), data=data.restore_args(fresh)
-        ),
-      )
-      assert_same(itertools.islice(fresh, 2), expected[step : step + 2])
-      fresh.close()
-
-
-@pytest.mark.parametrize('mode', ['packed', 'c4_protocol'])
-@pytest.mark.parametrize('hosts', [2, 3])
-def test_hosts_share_out_an_epoch(cfg, mode, hosts):
-  cfg.mode, cfg.repeat, cfg.sequence_length = mode, False, 50
-  shares = [
-    texts_of(
-      take(cfg, 1000, batch_size=hosts, process_index=i, process_count=hosts)
-    )
-    for i in range(hosts)
+def joined(parts):
+  """The batches of several hosts, side by side."""
+  return [
+    {k: np.concatenate([part[k] for part in step]) for k in FEATURES}
+    for step in zip(*parts, strict=True)
   ]
-  assert sorted(itertools.chain(*shares)) == sorted(TRAIN)  # none twice
-  assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def on_hosts(cfg, n, hosts, batch_size, states=None):
+  """n batches of so many hosts, and the position of all of them after these."""
+  parts, state = [], {}
+  for i in range(hosts):
+    batches = data.train_batches(
+      cfg, TOK, batch_size=batch_size, process_index=i, process_count=hosts
+    )
+    if states:
+      batches.set_state(states)
+    parts.append(list(itertools.islice(batches, n)))
+    state |= json.loads(json.dumps(batches.get_state()))
+    batches.close()
+  return joined(parts), state
+
+
+@pytest.mark.parametrize(
+  ('mode', 'shuffle_rows'), [('packed', 0), ('packed', 24), ('c4_protocol', 0)]
+)
+def test_batches_are_the_same_on_any_number_of_hosts(cfg, mode, shuffle_rows):
+  """And go on on any other: in streams of their own, halves of one, or two."""
+  cfg.mode, cfg.shuffle_rows, n = mode, shuffle_rows, 8
+  for streams in (0, 1, 6):
+    cfg.streams = streams
+    want, _ = on_hosts(cfg, n, 1, batch_size=12)
+    for hosts in (2, 3, 4, 12):
+      got, state = on_hosts(cfg, 3, hosts, batch_size=12)
+      assert_same(got, want[:3])
+      assert len(state) == (streams or 4)
+      for others in (1, 6):
+        assert_same(on_hosts(cfg, n - 3, others, 12, state)[0], want[3:])
+
+
+def test_streams_share_out_every_epoch(cfg):
+  cfg.mode, cfg.sequence_length, cfg.streams = 'c4_protocol', 50, 4
+  seen = texts_of(take(cfg, len(TRAIN), batch_size=4))
+  assert len(seen) == 4 * len(TRAIN)
+  # Each gives a row in turn, so the epochs come one after the other.
+  epochs = [seen[i : i + len(TRAIN)] for i in range(0, len(seen), len(TRAIN))]
+  assert [sorted(epoch) for epoch in epochs] == [sorted(TRAIN)] * 4
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_documents_of_streams_are_read_once(cfg, workers):
+  """Streams that are ahead of others by a few documents cost nothing more."""
+  cfg.num_workers = workers
+  with mock.patch.object(
+    data.streams_lib.Dealer, 'next', autospec=True,
+    side_effect=data.streams_lib.Dealer.next,
+  ) as dealt:  # fmt: skip
+    batches = data.train_batches(cfg, TOK, batch_size=8)
+    expected = list(itertools.islice(batches, 6))
+    batches.close()
+  assert {call.args[1] for call in dealt.call_args_list} == set(range(8))
+  cfg.num_workers = 0
+  assert_same(take(cfg, 6, batch_size=8), expected)
 
 
 def test_deterministic_and_seeded(cfg):
@@ -411,14 +435,20 @@ def test_a_bad_config_is_refused_at_once(cfg, change, match):
 
 
 def test_batches_that_cannot_be_are_refused_at_once(cfg):
+  for streams in (3, -1, 24):
+    cfg.streams = streams
+    with pytest.raises(ValueError, match=f'{streams} streams cannot deal'):
+      data.train_batches(cfg, TOK, batch_size=8)
+  cfg.streams, cfg.repeat = 2, False
+  with pytest.raises(ValueError, match='repeat=false with 2 streams'):
+    data.train_batches(cfg, TOK, batch_size=8)
+  cfg.streams, cfg.repeat = 0, True
   for batch_size in (0, -2, 3):
     for make in (data.train_batches, data.eval_batches):
       with pytest.raises(ValueError, match='positive multiple of the 2 hosts'):
         make(cfg, TOK, batch_size=batch_size, process_count=2)
   with pytest.raises(ValueError, match='tokens must be 1 or more'):
     data.eval_batches(cfg, TOK, batch_size=2, tokens=0)
-  with pytest.raises(ValueError, match='has 23 documents for 24 hosts'):
-    data.train_batches(cfg, TOK, batch_size=24, process_count=24)
   cfg.num_workers = -1
   with pytest.raises(ValueError, match='num_workers must be 0 or more, got -1'):
     data.train_batches(cfg, TOK, batch_size=2)

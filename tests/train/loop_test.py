@@ -3,34 +3,16 @@
 import itertools
 import json
 import os
-import pathlib
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
+from running import assert_same_steps, rows, start, wait_for_step
 
 from frugax.train import __main__ as cli
 from frugax.train import data, loop, signals, step, tokenizer
-
-_EXACT = ('loss', 'grad_norm', 'update_norm', 'param_norm', 'learning_rate')
-
-
-def _rows(workdir, key='loss'):
-  text = (pathlib.Path(workdir) / 'metrics.jsonl').read_text()
-  rows = [json.loads(line) for line in text.splitlines()]
-  return {row['step']: row for row in rows if key in row}
-
-
-def _assert_same_steps(got, want):
-  assert list(got) == list(want)
-  for n in want:
-    for key in (*_EXACT, 'tokens'):
-      assert got[n][key] == want[n][key], (n, key)
 
 
 def _stop_at(monkeypatch, step):
@@ -46,17 +28,19 @@ def test_a_run_writes_what_it_promises(make_config, tmp_path, capsys):
   summary = loop.train(
     config, tmp_path, command=['run', 'x y'], devices=devices
   )
-  rows = _rows(tmp_path)
-  assert list(rows) == [1, 2, 3, 4, 5, 6]
-  assert all(np.isfinite(row['loss']) for row in rows.values())
-  assert rows[1]['learning_rate'] == 0 and rows[3]['learning_rate'] > 0
+  found = rows(tmp_path)
+  assert list(found) == [1, 2, 3, 4, 5, 6]
+  assert all(np.isfinite(row['loss']) for row in found.values())
+  assert found[1]['learning_rate'] == 0 and found[3]['learning_rate'] > 0
   batches = data.train_batches(
     config.data, tokenizer.tokenizer('bytes'), batch_size=8
   )
   counted = [int((next(batches)['labels'] >= 0).sum()) for _ in range(6)]
   batches.close()
-  assert [row['tokens'] for row in rows.values()] == np.cumsum(counted).tolist()
-  assert list(_rows(tmp_path, 'eval_loss')) == [2, 4, 6]
+  assert [row['tokens'] for row in found.values()] == np.cumsum(
+    counted
+  ).tolist()
+  assert list(rows(tmp_path, 'eval_loss')) == [2, 4, 6]
   assert summary == json.loads((tmp_path / 'summary.json').read_text())
   assert summary['eval_tokens'] == 500 and summary['steps'] == 6
   # Every token of the byte-level text is a byte or the end of a document.
@@ -72,7 +56,7 @@ def test_a_run_writes_what_it_promises(make_config, tmp_path, capsys):
   # Once more: nothing is left to train, the result is the same.
   again = loop.train(config, tmp_path, command=['run'], devices=devices)
   assert again['eval_loss'] == summary['eval_loss']
-  assert _rows(tmp_path) == rows
+  assert rows(tmp_path) == found
 
 
 @pytest.mark.parametrize(
@@ -106,7 +90,7 @@ def test_resuming_equals_running_on_bit_for_bit(
     assert part == {'stopped': True, 'steps': stop}
   monkeypatch.undo()
   parts = loop.train(config, tmp_path / 'parts', devices=devices)
-  _assert_same_steps(_rows(tmp_path / 'parts'), _rows(tmp_path / 'whole'))
+  assert_same_steps(rows(tmp_path / 'parts'), rows(tmp_path / 'whole'))
   assert parts['eval_loss'] == whole['eval_loss']
   assert parts['tokens'] == whole['tokens']
 
@@ -137,29 +121,7 @@ def test_a_checkpoint_restores_into_another_memory_bit_for_bit(
     loop.train(config(first), tmp_path / first)
     monkeypatch.undo()
     loop.train(config(then), tmp_path / first)
-    _assert_same_steps(_rows(tmp_path / first), _rows(tmp_path / 'whole'))
-
-
-def _start(argv, n_devices, log, more=()):
-  flags = f'--xla_force_host_platform_device_count={n_devices}'
-  return subprocess.Popen(
-    [sys.executable, '-m', 'frugax.train', *argv],
-    env={**os.environ, 'XLA_FLAGS': flags, **dict(more)},
-    stdout=log,
-    stderr=subprocess.STDOUT,
-  )
-
-
-def _wait_for_step(workdir, step, process):
-  deadline = time.monotonic() + 300
-  while time.monotonic() < deadline and process.poll() is None:
-    try:
-      if max(_rows(workdir), default=0) >= step:
-        return
-    except (FileNotFoundError, json.JSONDecodeError):
-      pass  # not yet there, or a line half written
-    time.sleep(0.02)
-  pytest.fail(f'no step {step}; exit code {process.poll()}')
+    assert_same_steps(rows(tmp_path / first), rows(tmp_path / 'whole'))
 
 
 @pytest.mark.parametrize(
@@ -174,10 +136,10 @@ def test_kill_9_then_sigterm_then_resume_is_bit_for_bit(
     return command_line(tmp_path / name, checkpoint__every=10, **steps)
 
   with open(tmp_path / 'log', 'w', encoding='utf-8') as log:
-    whole = _start(argv('whole'), n_devices, log)
+    whole = start(argv('whole'), n_devices, log)
     assert whole.wait(timeout=300) == 0
-    part = _start(argv('part'), n_devices, log)
-    _wait_for_step(tmp_path / 'part', 25, part)
+    part = start(argv('part'), n_devices, log)
+    wait_for_step(tmp_path / 'part', 25, part)
     checkpoints = tmp_path / 'part' / 'checkpoints'
     # In the middle of a save: Orbax writes under a temporary name.
     deadline = time.monotonic() + 60
@@ -188,20 +150,20 @@ def test_kill_9_then_sigterm_then_resume_is_bit_for_bit(
     half = [p.name for p in checkpoints.glob('*tmp*')]
     assert half, 'the kill came after the save'
     kept = max(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
-    reached = max(_rows(tmp_path / 'part'))
+    reached = max(rows(tmp_path / 'part'))
     assert kept < reached < 80
-    part = _start(argv('part'), n_devices, log)
+    part = start(argv('part'), n_devices, log)
     # Beyond the rows that the killed run left.
-    _wait_for_step(tmp_path / 'part', reached + 20, part)
+    wait_for_step(tmp_path / 'part', reached + 20, part)
     assert not [p for p in checkpoints.glob('*tmp*') if p.name in half]
     part.send_signal(signal.SIGTERM)
     assert part.wait(timeout=120) == 0
     assert not (tmp_path / 'part' / 'summary.json').exists()
-    assert _start(argv('part'), n_devices, log).wait(timeout=300) == 0
+    assert start(argv('part'), n_devices, log).wait(timeout=300) == 0
   text = (tmp_path / 'log').read_text()
   assert f'resuming from the checkpoint at step {kept}' in text
   assert 'stopped by a signal; saved at step' in text
-  _assert_same_steps(_rows(tmp_path / 'part'), _rows(tmp_path / 'whole'))
+  assert_same_steps(rows(tmp_path / 'part'), rows(tmp_path / 'whole'))
 
 
 def test_nonfinite_loss_stops_and_says_how_to_go_on(
@@ -218,10 +180,10 @@ def test_nonfinite_loss_stops_and_says_how_to_go_on(
   )
   assert cli.main(argv) == 1
   error = capsys.readouterr().err
-  rows = _rows(tmp_path)
-  bad = max(rows)
+  found = rows(tmp_path)
+  bad = max(found)
   assert f'step {bad} is not finite: loss' in error
-  values = {rows[bad][k] for k in ('loss', 'grad_norm', 'update_norm')}
+  values = {found[bad][k] for k in ('loss', 'grad_norm', 'update_norm')}
   assert bad % 4 and values & {'nan', 'inf'}
   # The last good state is on disk, the bad one is not.
   kept = [p.name for p in (tmp_path / 'checkpoints').iterdir()]
@@ -240,7 +202,7 @@ def test_compat_eval_prints_the_published_value(make_config, tmp_path):
   # 500 tokens are at least two batches of 8 x 32 and at most three.
   assert any(abs(compat - plain * n / (n + 1)) < 0.05 * plain for n in (2, 3))
   assert compat < plain
-  assert _rows(tmp_path, 'eval_loss_compat')
+  assert rows(tmp_path, 'eval_loss_compat')
 
 
 def test_another_models_checkpoint_is_refused(
@@ -261,7 +223,7 @@ def test_the_best_checkpoint_is_kept(make_config, tmp_path, monkeypatch):
     del sums, compat
     return {'eval_loss': next(losses), 'bits_per_byte': 1.0, 'eval_tokens': 1}
 
-  monkeypatch.setattr(loop, 'evaluation', evaluation)
+  monkeypatch.setattr(loop.evaluation, 'means', evaluation)
   config = make_config(
     mesh='fsdp=8', eval__every=1, checkpoint__every=1, checkpoint__keep=2
   )
@@ -291,7 +253,7 @@ def test_preemption_does_not_wait_for_an_evaluation(
   put_and_stop.calls = 0
   monkeypatch.setattr(step.Program, 'put', put_and_stop)
   assert loop.train(config, tmp_path) == {'stopped': True, 'steps': 3}
-  assert put_and_stop.calls == 4 and not _rows(tmp_path, 'eval_loss')
+  assert put_and_stop.calls == 4 and not rows(tmp_path, 'eval_loss')
   monkeypatch.undo()
   assert loop.train(config, tmp_path)['steps'] == 6
 
@@ -315,45 +277,3 @@ def test_a_workdir_that_cannot_be_is_refused(make_config, tmp_path):
   for workdir in (tmp_path / 'file', '/proc/nowhere', 'gs://bucket/run'):
     with pytest.raises(ValueError, match='workdir'):
       loop.train(make_config(mesh='fsdp=8'), workdir)
-
-
-@pytest.mark.parametrize(
-  'spec', ['tensor=4', pytest.param('fsdp=4', marks=pytest.mark.slow)]
-)
-def test_two_processes_equal_one(spec, command_line, tmp_path):
-  """Real processes on loopback, also with a tensor axis across them."""
-  # The sketch's first basis starts from nothing: it turns more with the order
-  # of sums in a gradient than the runs may differ.
-  same = {'data__seed': 1, 'optimizer__projector': 'svd'}
-  name = spec.replace('=', '')
-  argv = command_line(tmp_path / f'one {name}', mesh=spec, **same)
-  with open(tmp_path / 'log', 'w', encoding='utf-8') as log:
-    assert _start(argv, 4, log).wait(timeout=300) == 0
-  argv = command_line(tmp_path / f'two {name}', mesh=spec, **same)
-  with socket.socket() as s:
-    s.bind(('localhost', 0))
-    port = s.getsockname()[1]
-  processes = []
-  for i in range(2):
-    join = {
-      'JAX_COORDINATOR_ADDRESS': f'localhost:{port}',
-      'JAX_NUM_PROCESSES': '2',
-      'JAX_PROCESS_ID': str(i),
-    }
-    with open(tmp_path / f'log {name} {i}', 'w', encoding='utf-8') as log:
-      processes.append(_start(argv, 2, log, join))
-  codes = [p.wait(timeout=300) for p in processes]
-  texts = [(tmp_path / f'log {name} {i}').read_text() for i in range(2)]
-  assert codes == [0, 0], texts
-  assert 'validation loss' in texts[0]
-  assert 'validation loss' not in texts[1]  # one process tells
-  one, two = (
-    json.loads((tmp_path / f'{n} {name}' / 'summary.json').read_text())
-    for n in ('one', 'two')
-  )
-  assert two['hardware']['processes'] == 2
-  if spec == 'tensor=4':  # the same rows in the same order
-    np.testing.assert_allclose(two['eval_loss'], one['eval_loss'], rtol=1e-5)
-  # Evaluation is over the same tokens whatever the number of processes.
-  assert two['eval_tokens'] == one['eval_tokens'] == 500
-  assert abs(two['eval_loss'] / one['eval_loss'] - 1) < 0.05

@@ -22,13 +22,12 @@ from jax.experimental.compilation_cache import compilation_cache
 from frugax import optim
 from frugax.models import llama
 from frugax.plan import buffers, chips, cost, hlo, topologies
-from frugax.train import step
+from frugax.train import processes, step
 
 BATCH = ('tokens', 'labels', 'segment_ids', 'positions')
 
 # What a config says of a run but not of its program.
 _BESIDE = ('seed', 'compat_eval', 'data', 'eval', 'checkpoint', 'log')
-_PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,15 +198,13 @@ def fingerprint(config, topology: str) -> str:
   """
   fields = {k: v for k, v in config.to_dict().items() if k not in _BESIDE}
   fields['sequence_length'] = config.data.sequence_length
-  digest = hashlib.sha256()
   for name in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS'):
     fields[name] = os.environ.get(name, '')
   fields |= {'topology': topology, 'capacity': topologies.capacity(topology)}
   fields |= _versions()
-  digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
-  for file in sorted(_PACKAGE.rglob('*.py')):
-    digest.update(file.read_bytes())
-  return digest.hexdigest()[:32]
+  fields['code'] = processes.code_hash()
+  text = json.dumps(fields, sort_keys=True, default=str)
+  return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _versions():

@@ -11,12 +11,12 @@ from frugax.train import loop, processes
 
 def main(argv: list[str]) -> int:
   """Trains; returns the exit status: 1 a failed run, 2 a bad config."""
-  logging.set_verbosity(logging.ERROR)  # Orbax and TFDS tell a lot
+  logging.set_verbosity(logging.FATAL)  # what Orbax and TFDS tell, we do
   try:
     config, args = fx_config.parse_command_line(argv, 'python -m frugax.train')
     processes.join()
     loop.train(config, args.workdir, command=_command(argv))
-  except loop.NonFiniteLoss as e:
+  except loop.CannotGoOn as e:
     print(f'error: {e}', file=sys.stderr)
     return 1
   except ValueError as e:
@@ -36,4 +36,4 @@ def _command(argv):
 
 
 if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))
+  processes.leave(main(sys.argv[1:]))

@@ -11,7 +11,7 @@ import optax
 from frugax import config as fx_config
 from frugax import optim
 from frugax.models import llama
-from frugax.train import metrics
+from frugax.train import metrics, processes
 
 
 def describe(config, program) -> dict[str, Any]:
@@ -49,7 +49,12 @@ def announce(
   done: int,
   saved_config: Mapping[str, Any] | None,
 ) -> None:
-  """Prints what is about to run and saves the resolved config (process 0)."""
+  """Prints what is about to run and saves the resolved config (process 0).
+
+  Of several processes each prints which one it is.
+  """
+  if jax.process_count() > 1:
+    print(processes.describe(), flush=True)
   if jax.process_index():
     return
   os.makedirs(workdir, exist_ok=True)
@@ -76,6 +81,7 @@ def announce(
       f' {config.model.matmul}'
     )
   print(f'mesh       {info["mesh"]}')
+  print(f'code       {_code_line(info)}')
   print(f'workdir    {workdir}')
   if done:
     print(f'resuming from the checkpoint at step {done}')
@@ -104,6 +110,15 @@ def advice(
     f' {row["grad_norm"]}, update_norm {row["update_norm"]}. Nothing of it'
     f' was saved. {kept}. Go on with a lower learning rate or leaving such'
     f' steps out:\n  {resume} --config.skip_nonfinite=true'
+  )
+
+
+def not_written(error: Exception, workdir: str, resume: str) -> str:
+  """The message of a run that could not write into its folder."""
+  full = 'No space left' in str(error) or 'quota' in str(error)
+  todo = f'Make room for {workdir}' if full else f'See to {workdir}'
+  return (
+    f'{error}. What was saved is whole. {todo}, then go on with\n  {resume}'
   )
 
 
@@ -154,6 +169,14 @@ def summarise(
   if resume:
     print('train on from here with')
     print(f'  {summary["resume_command"]}')
+
+
+def _code_line(info) -> str:
+  commit = info['commit'] or 'no commit: not in a git repository'
+  changed = ' (changed)' if info['dirty'] else ''
+  return (
+    f'{commit[:12] if info["commit"] else commit}{changed}, jax {info["jax"]}'
+  )
 
 
 def _state_line(info) -> str:

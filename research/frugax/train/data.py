@@ -3,22 +3,21 @@
 Documents are read, shuffled, tokenized, packed into rows and batched by grain,
 which no other file imports:
 
-    source, shuffle, this host's share, repeat, tokenize, rows, shuffle, batch
+    source, shuffle, repeat, this host's streams (see `streams`), tokenize,
+    rows, shuffle, batch
 
-The state of the whole pipeline is the index of the next document, and in packed
-mode how much of the current one is already used, so that a checkpoint holds a
-few numbers and a resumed run sees the very next batch.
+The state of a stream is the index of its next document, and in packed mode how
+much of the current one is already used, so that a checkpoint holds a few
+numbers and a resumed run sees the very next batch.
 """
 
-import atexit
 import dataclasses
 import functools
-import json
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,12 +26,13 @@ import numpy as np
 from frugax import names
 from frugax.train import datasets
 from frugax.train import rows as rows_lib
+from frugax.train import streams as streams_lib
 from frugax.train import tokenizer as tokenizer_lib
-
-Batch = dict[str, np.ndarray]
+from frugax.train.batches import Batch, Batches
 
 _MODES = ('packed', 'c4_protocol')
 _PREFETCH = 4  # batches ready ahead of the step
+_NEXT = 'next_document'  # in the state of a stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,8 @@ class DataConfig:
     num_workers: processes that read and tokenize; 0 does it in this one. The
       batches are the same for every number.
     repeat: go through the data again and again; False stops after one epoch.
+    streams: how many streams of documents a batch is dealt from, see `streams`;
+      it divides the batch. 0: up to 16, one for a single epoch.
   """
 
   name: str = 'stdlib'
@@ -72,6 +74,7 @@ class DataConfig:
   shuffle_rows: int = 0
   num_workers: int = 0
   repeat: bool = True
+  streams: int = 0
 
 
 def check(
@@ -104,29 +107,41 @@ def check(
       )
 
 
+def stream_count(cfg: Any, batch_size: int) -> int:
+  """How many streams a new run of `cfg` deals its batches from."""
+  if cfg.streams:
+    return cfg.streams
+  if not cfg.repeat:
+    return 1
+  return streams_lib.count(batch_size, len(_source(cfg, cfg.train_split)))
+
+
 def train_batches(
   cfg: Any,
   tok: tokenizer_lib.Tokenizer,
   *,
   batch_size: int,
+  streams: int | None = None,
   process_index: int = 0,
   process_count: int = 1,
-) -> 'Batches':
-  """This host's batches, forever (unless `cfg.repeat` is off).
+) -> Batches:
+  """This host's rows of the batches, forever (unless `cfg.repeat` is off).
 
-  Every epoch visits each document once, in an order of its own; hosts share out
-  the documents of an epoch. With x the tokens of one document (bos and eos
-  included, as far as the tokenizer has them), labels are
+  Every epoch visits each document once, in an order of its own. The hosts'
+  batches side by side are those of one host: see `streams`. With x the tokens
+  of one document (bos and eos included, as far as the tokenizer has them),
+  labels are
 
       labels[i] = x[i + 1],   labels[last] = -1
 
   and in packed mode a document that is cut by the end of a row goes on in the
-  next, labels included: each is counted exactly once.
+  next one of its stream, labels included: each is counted exactly once.
 
   Args:
     cfg: see `DataConfig`.
     tok: the tokenizer.
     batch_size: rows of the global batch, over all hosts.
+    streams: how many streams it is dealt from; default `stream_count`.
     process_index: which host this is.
     process_count: how many hosts there are.
 
@@ -135,11 +150,12 @@ def train_batches(
       tokens; labels, -1 where none counts; segment_ids, 0 for padding and 1, 2,
       .. for the documents of a row; positions, from 0 at each document's start
       in the row. `get_state()` and `set_state(state)` resume exactly: with any
-      number of workers, in the middle of a document; `close()` stops its
-      threads and processes.
+      number of workers and hosts, in the middle of a document; `close()` stops
+      its threads and processes.
 
   Raises:
-    ValueError: what `check` raises; a batch size that the hosts cannot share.
+    ValueError: what `check` raises; a batch size that the hosts or the streams
+      cannot share.
 
   Examples:
     >>> import tempfile
@@ -159,92 +175,51 @@ def train_batches(
   """
   import grain
 
-  rows = _rows_per_host(batch_size, process_count)
+  size = _rows_per_host(batch_size, process_count)
+  rows = range(process_index * size, (process_index + 1) * size)
   source = _source(cfg, cfg.train_split)
-  if len(source) < process_count:
+  count = stream_count(cfg, batch_size) if streams is None else streams
+  if count < 1 or batch_size % count or count > len(source):
     raise ValueError(
-      f'split {cfg.train_split!r} of {cfg.name!r} has {len(source)} documents '
-      f'for {process_count} hosts: each needs at least one'
+      f'{count} streams cannot deal batches of {batch_size} rows from the'
+      f' {len(source)} documents of {cfg.train_split!r}: choose data.streams so'
+      ' that it divides batch_size, or 0'
+    )
+  if count > 1 and not cfg.repeat:
+    raise ValueError(
+      f'data.repeat=false with {count} streams: they end at different steps,'
+      ' and what is left would be lost; set data.streams to 0'
     )
   for name in ('num_workers', 'shuffle_rows'):
     if getattr(cfg, name) < 0:
       raise ValueError(f'{name} must be 0 or more, got {getattr(cfg, name)}')
+  own = streams_lib.of_rows(rows, batch_size, count)
   documents = (
     grain.MapDataset.source(source)
     .seed(cfg.seed)
     .shuffle()
-    .slice(slice(process_index, None, process_count))
     .repeat(None if cfg.repeat else 1)
-    .map(_document_function(cfg, tok))
   )
-  dataset = _rows(cfg, tok, _stream(documents, cfg.num_workers))
-  if cfg.shuffle_rows:
-    dataset = grain.experimental.WindowShuffleIterDataset(
-      dataset, window_size=cfg.shuffle_rows, seed=cfg.seed
+  if count > 1:
+    documents = grain.MapDataset.mix(
+      [documents.slice(slice(s, None, count)) for s in own]
     )
-  dataset = dataset.batch(rows, drop_remainder=True)
+  documents = documents.map(_document_function(cfg, tok))
+  dealer = _dealer(documents, len(own), cfg.num_workers)
+  of_streams = []
+  for i, s in enumerate(own):
+    stream = _rows(cfg, tok, _stream(dealer, i))
+    if cfg.shuffle_rows:
+      stream = grain.experimental.WindowShuffleIterDataset(
+        stream, window_size=-(-cfg.shuffle_rows // count), seed=cfg.seed + s
+      )
+    of_streams.append(stream)
+  dataset = _joined(of_streams, own, rows, batch_size // count, dealer)
   # A thread keeps batches ready and remembers the state that goes with each.
   dataset = grain.experimental.ThreadPrefetchIterDataset(
     dataset, prefetch_buffer_size=_PREFETCH
   )
   return Batches(iter(dataset))
-
-
-class Batches:
-  """This host's batches, and where they are; see `train_batches`.
-
-  Between two batches the state says which document is next and how much of it
-  is used. It depends on the data set, seed, sequence length and number of
-  hosts; the number of workers is free.
-  """
-
-  def __init__(self, iterator):
-    self._iterator = iterator
-    # Threads that outlive the interpreter's modules would end in a traceback.
-    atexit.register(_close, weakref.ref(self))
-
-  def __iter__(self) -> 'Batches':
-    return self
-
-  def __next__(self) -> Batch:
-    if self._iterator is None:
-      raise ValueError('these batches are closed: make new ones')
-    return next(self._iterator)
-
-  def get_state(self) -> bytes:
-    """The position after the batches so far, as JSON."""
-    return json.dumps(self._iterator.get_state(), indent=2).encode()
-
-  def set_state(self, state: bytes) -> None:
-    """Goes where `state` was taken: the next batch is the one that followed."""
-    self._iterator.set_state(_tuples(json.loads(state)))
-
-  def start_prefetch(self) -> None:
-    """Begins to read ahead before the first batch is asked for."""
-    self._iterator.start_prefetch()
-
-  def close(self) -> None:
-    """Stops threads and worker processes; there are no more batches."""
-    if self._iterator is not None:
-      self._iterator.close()
-    self._iterator = None
-
-
-def _close(reference: weakref.ref) -> None:
-  batches = reference()
-  if batches is not None:
-    batches.close()
-
-
-def _tuples(state: Any) -> Any:
-  """JSON made lists of tuples, and grain's packer tells them apart.
-
-  It would take the list [-1, -1], its mark for 'no document is cut here', for
-  an empty piece of the next document, and lose that document.
-  """
-  if isinstance(state, dict):
-    return {key: _tuples(value) for key, value in state.items()}
-  return tuple(state) if isinstance(state, list) else state
 
 
 def eval_batches(
@@ -318,8 +293,9 @@ class EvalBatches:
     documents = grain.MapDataset.source(self.source).map(
       _document_function(self.cfg, self.tok)
     )
+    documents = _stream(_dealer(documents, streams=1, num_workers=0), 0)
     left = self.tokens
-    for row in _rows(self.cfg, self.tok, _stream(documents, num_workers=0)):
+    for row in _rows(self.cfg, self.tok, documents):
       if left is not None:
         counted = np.flatnonzero(row['labels'] != rows_lib.IGNORE)
         row['labels'][counted[left:]] = rows_lib.IGNORE
@@ -332,23 +308,6 @@ class EvalBatches:
     return {
       key: np.stack([row[key] for row in batch[self.share]]) for key in batch[0]
     }
-
-
-def save_args(batches: Batches):
-  """The Orbax argument that saves `batches`: Composite(data=save_args(b))."""
-  import grain
-
-  return grain.checkpoint.CheckpointSave(batches)
-
-
-def restore_args(batches: Batches):
-  """The Orbax argument that moves fresh `batches`, in place, to the saved ones.
-
-  Each host has a state of its own: restore with as many hosts as saved.
-  """
-  import grain
-
-  return grain.checkpoint.CheckpointRestore(batches)
 
 
 def _source(cfg: Any, split: str):
@@ -397,8 +356,8 @@ def _rows(cfg: Any, tok: tokenizer_lib.Tokenizer, documents):
   ).map(functools.partial(rows_lib.from_grain, tok.pad_id))
 
 
-def _stream(documents, num_workers: int):
-  """Documents in order, and a state that is the index of the next one.
+def _dealer(documents, streams: int, num_workers: int) -> streams_lib.Dealer:
+  """Deals `documents`, those of so many streams in turn.
 
   grain's own state of a pool of processes names each of them, which would tie a
   checkpoint to their number. Processes take turns, so that the order does not
@@ -411,48 +370,98 @@ def _stream(documents, num_workers: int):
   # where nothing parsed a command line (notebooks, tests).
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
-  read = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
+  options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
   workers = grain.MultiprocessingOptions(
     num_workers=num_workers, per_worker_buffer_size=8
   )
 
-  class Documents(grain.DatasetIterator):
-    def __init__(self):
-      super().__init__()
-      self._next = 0
-      self._iterator = None
+  def read(start):
+    rest = documents.slice(slice(start, None)).to_iter_dataset(options)
+    if num_workers:
+      rest = rest.mp_prefetch(workers, _in_worker)
+    return iter(rest)
 
+  return streams_lib.Dealer(read, streams)
+
+
+def _stream(dealer: streams_lib.Dealer, index: int):
+  """The documents of one stream; their state is the index of the next one."""
+  import grain
+
+  class Documents(grain.DatasetIterator):
     def __next__(self):
-      if self._iterator is None:
-        rest = documents.slice(slice(self._next, None)).to_iter_dataset(read)
-        if num_workers:
-          rest = rest.mp_prefetch(workers, _in_worker)
-        self._iterator = iter(rest)
-      document = next(self._iterator)
-      self._next += 1
-      return document
+      return dealer.next(index)
 
     def get_state(self):
-      return {'next_document': self._next}
+      return {_NEXT: dealer.dealt[index]}
 
     def set_state(self, state):
-      self._stop()
-      self._next = state['next_document']
+      if state != self.get_state():
+        dealt = list(dealer.dealt)
+        dealt[index] = state[_NEXT]
+        dealer.move(dealt)
 
     def close(self):
-      self._stop()
+      dealer.close()
       super().close()
-
-    def _stop(self):
-      if self._iterator is not None:
-        self._iterator.close()
-      self._iterator = None
 
   class Stream(grain.IterDataset):
     def __iter__(self):
       return Documents()
 
   return Stream()
+
+
+def _joined(of_streams, own, rows: range, size: int, dealer):
+  """Batches of `rows` of the global batch, to which a stream gives `size`."""
+  import grain
+
+  class Joined(grain.DatasetIterator):
+    def __init__(self):
+      super().__init__()
+      self._streams = [iter(stream) for stream in of_streams]
+
+    def __next__(self):
+      batch = []
+      for s, stream in zip(own, self._streams, strict=True):
+        given = list(itertools.islice(stream, size))
+        if len(given) < size:  # the data ended
+          raise StopIteration
+        first = s * size
+        batch += [x for i, x in enumerate(given, first) if i in rows]
+      return {key: np.stack([row[key] for row in batch]) for key in batch[0]}
+
+    def get_state(self):
+      states = (stream.get_state() for stream in self._streams)
+      return {str(s): x for s, x in zip(own, states, strict=True)}
+
+    def set_state(self, state):
+      # All documents first: streams may read when they are told where they are.
+      states = [state[str(s)] for s in own]
+      dealer.move([_next_document(x) for x in states])
+      for stream, x in zip(self._streams, states, strict=True):
+        stream.set_state(x)
+
+    def close(self):
+      for stream in self._streams:
+        stream.close()
+      super().close()
+
+  class Batched(grain.IterDataset):
+    def __iter__(self):
+      return Joined()
+
+  return Batched()
+
+
+def _next_document(state: Any) -> int | None:
+  """What the state of a stream's rows says of its documents."""
+  if not isinstance(state, dict):
+    return None
+  if _NEXT in state:
+    return state[_NEXT]
+  found = (_next_document(value) for value in state.values())
+  return next((n for n in found if n is not None), None)
 
 
 def _in_worker(index: int, count: int) -> None:

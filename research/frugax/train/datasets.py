@@ -5,11 +5,15 @@ No TensorFlow: array records give random access to the documents of a split.
 
 import contextlib
 import io
+import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from frugax import names
+
+_FEATURES = 'tensorflow_datasets.core.features.'
 
 
 def prepare(
@@ -129,6 +133,12 @@ def documents(name: str, data_dir: str, split: str, text_field: str):
       source = builder.as_data_source(split)
     except (AssertionError, NotImplementedError) as e:
       raise _missing(name, data_dir, builder) from e
+    files = [
+      os.fspath(file)
+      for part in (known.values() if known else ())
+      for file in part.filepaths
+    ]
+    source = _Source(source, name, split, files)
     example = source[0]
   text = example.get(text_field)
   if not isinstance(text, str | bytes):
@@ -138,6 +148,50 @@ def documents(name: str, data_dir: str, split: str, text_field: str):
       f'fields: {", ".join(sorted(example))}'
     )
   return source
+
+
+class _Source:
+  """A TFDS source that says what is wrong when a file is damaged."""
+
+  def __init__(self, source, name: str, split: str, files: Sequence[str]):
+    self._source, self._files = source, files
+    self._what = f'split {split!r} of data set {name!r}'
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index):
+    if not 0 <= index < len(self):
+      raise IndexError(f'document {index} of the {len(self)} of {self._what}')
+    try:
+      example = self._source[index]
+    # A reader raises anything over a file that was overwritten.
+    except Exception as e:
+      raise self._damaged(index, str(e)) from e
+    # Of one that was cut off it gives records of nothing.
+    if any(value is None for value in example.values()):
+      raise self._damaged(index, 'an empty record')
+    return example
+
+  def _damaged(self, index, why):
+    bad = [file for file in self._files if not _is_whole(file)]
+    file = f'{bad[0]} is damaged' if bad else 'a file is damaged'
+    lines = why.strip().splitlines() or ['no reason given']
+    return ValueError(
+      f'document {index} of {self._what} cannot be read, {file}:'
+      f' {lines[0][:300]}. Copy or build the data set again; a run goes on from'
+      ' its latest checkpoint'
+    )
+
+
+def _is_whole(file: str) -> bool:
+  """Whether an array record has its end, which tells of all its records."""
+  from array_record.python import array_record_data_source
+
+  try:
+    return len(array_record_data_source.ArrayRecordDataSource([file])) > 0
+  except (RuntimeError, ValueError, OSError):
+    return False
 
 
 def _builder(name: str, data_dir: str):
@@ -150,11 +204,44 @@ def _builder(name: str, data_dir: str):
     )
   for path in _directories(name, data_dir):
     if os.path.isfile(os.path.join(path, 'dataset_info.json')):
+      _check_features(path)
       return tfds.builder_from_directory(path)
   try:
     return tfds.builder(name, data_dir=data_dir, try_gcs=False)
   except (tfds.core.DatasetNotFoundError, ImportError, ValueError) as e:
     raise _missing(name, data_dir) from e
+
+
+def _check_features(path: str) -> None:
+  """Raises if a data set names features that are not TFDS's own.
+
+  TFDS imports the module of any class that features.json names: a data set
+  from someone else would choose what code runs.
+  """
+  try:
+    with open(os.path.join(path, 'features.json'), encoding='utf-8') as f:
+      features = json.load(f)
+  except FileNotFoundError:
+    return
+  for name in _class_names(features):
+    if not name.startswith(_FEATURES):
+      raise ValueError(
+        f'the data set in {path!r} has a feature of class {name!r}, which is'
+        ' not one of TFDS: its code would be run. Prepare the data set anew'
+        ' with features of tensorflow_datasets.features'
+      )
+
+
+def _class_names(features: Any) -> Iterator[str]:
+  if isinstance(features, list):
+    for value in features:
+      yield from _class_names(value)
+  elif isinstance(features, dict):
+    for key, value in features.items():
+      if key in ('pythonClassName', 'python_class_name'):  # protobuf takes both
+        yield str(value)
+      else:
+        yield from _class_names(value)
 
 
 def _directories(name: str, data_dir: str) -> list[str]:

@@ -1,5 +1,6 @@
 """The loop: the one place where the order of a run's events is visible."""
 
+import errno
 import os
 import shlex
 import tempfile
@@ -13,7 +14,9 @@ from frugax.train import (
   checkpoint,
   console,
   data,
+  evaluation,
   phases,
+  processes,
   progress,
   quantization,
   tokenizer,
@@ -21,8 +24,12 @@ from frugax.train import (
 from frugax.train.signals import StopSignal
 
 
-class NonFiniteLoss(RuntimeError):
-  """The loss stopped being a number; the message says how to go on."""
+class CannotGoOn(RuntimeError):
+  """A run that had to stop; the message says why, and how to go on."""
+
+
+class NonFiniteLoss(CannotGoOn):
+  """The loss stopped being a number."""
 
 
 def train(
@@ -49,12 +56,25 @@ def train(
     ValueError: a config that cannot run, found before anything is compiled.
     NonFiniteLoss: the loss, gradient or update was not finite. Nothing of that
       step is saved.
+    CannotGoOn: the disk is full, or another process was lost. What was saved
+      before is whole.
   """
-  with StopSignal() as stop:
-    return _train(config, os.fspath(workdir), stop, command, devices)
+  workdir, resume = os.fspath(workdir), shlex.join(command)
+  try:
+    with StopSignal() as stop:
+      return _train(config, workdir, stop, resume, devices)
+  except (checkpoint.NotSaved, OSError) as e:
+    if isinstance(e, OSError) and e.errno not in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    raise CannotGoOn(console.not_written(e, workdir, resume)) from e
+  except jax.errors.JaxRuntimeError as e:
+    if jax.process_count() == 1:
+      raise
+    raise CannotGoOn(processes.lost(e, resume)) from e
 
 
-def _train(config, workdir, stop, command, devices):
+def _train(config, workdir, stop, resume, devices):
+  processes.agree(config)
   # What can be wrong is found here, before any compilation.
   steps = phases.Phases(config, devices)
   program = steps.low
@@ -66,14 +86,6 @@ def _train(config, workdir, stop, command, devices):
   _check_workdir(workdir)
   index, count = program.layout.share()
   hosts = {'process_index': index, 'process_count': count}
-  if count > 1 and not config.data.repeat:
-    raise ValueError(
-      'data.repeat=false with several processes: each would end at another'
-      ' step. Set --config.data.repeat=true and choose --config.steps'
-    )
-  train_data = data.train_batches(
-    config.data, tok, batch_size=config.batch_size, **hosts
-  )
   eval_data = data.eval_batches(
     config.data,
     tok,
@@ -84,29 +96,41 @@ def _train(config, workdir, stop, command, devices):
   eval_step = steps.eval_step(tok.bytes_per_id())
   rates = quantization.probe(config, program)
 
-  # The state: the latest checkpoint's, or a new one.
-  stream = {name: config.data[name] for name in _STREAM} | {'shares': count}
+  # State and data: the latest checkpoint's, or new ones.
+  stream = {name: config.data[name] for name in _STREAM}
+  if config.data.streams:
+    stream['streams'] = config.data.streams
   checkpoints = checkpoint.Checkpoints(
     os.path.join(workdir, 'checkpoints'), config.checkpoint.keep
   )
-  done = checkpoints.latest_step()
-  if done is None:
-    done, meta = 0, {'seconds': 0.0, 'tokens': 0, 'best': None}
-    state = program.init(jax.random.PRNGKey(config.seed))
+  saved = checkpoints.restore(program.abstract_state(), stream)
+  if saved:
+    done, state, positions, meta = saved
+    stream = meta['stream']
   else:
-    state, meta = checkpoints.restore(
-      done, program.abstract_state(), data.restore_args(train_data), stream
-    )
+    done, meta = 0, {'seconds': 0.0, 'tokens': 0, 'best': None}
+    stream['streams'] = data.stream_count(config.data, config.batch_size)
+  train_data = data.train_batches(
+    config.data,
+    tok,
+    batch_size=config.batch_size,
+    streams=stream['streams'],
+    **hosts,
+  )
+  if saved:
+    train_data.set_state(positions)
+  else:
+    state = program.init(jax.random.PRNGKey(config.seed))
   info = console.describe(config, program) | {'switch_step': steps.switch}
   console.announce(config, workdir, info, done, meta.get('config'))
   log = progress.Progress(config, workdir, program, info, done, meta)
   best, eval_row, stopping = meta['best'], None, False
-  resume = shlex.join(command)
 
   def save(eval_loss=None):
     now = {'seconds': log.clock.seconds, 'tokens': log.tokens, 'best': best}
     now |= {'config': config.to_dict(), 'stream': stream}
-    checkpoints.save(done, state, data.save_args(train_data), now, eval_loss)
+    positions = processes.merge(train_data.get_state())
+    checkpoints.save(done, state, positions, now, eval_loss)
 
   def settle(step_and_metrics):
     row = log.step(*step_and_metrics)
@@ -124,7 +148,7 @@ def _train(config, workdir, stop, command, devices):
       # learn of it together, after a step.)
       if stop.raised and jax.process_count() == 1:
         return None
-    return evaluation(jax.device_get(sums), config.compat_eval)
+    return evaluation.means(jax.device_get(sums), config.compat_eval)
 
   with jax.set_mesh(program.layout.mesh), log:
     try:
@@ -192,42 +216,6 @@ def _train(config, workdir, stop, command, devices):
   )
   console.summarise(workdir, summary, config, resume)
   return summary
-
-
-def evaluation(
-  sums: Sequence[dict[str, np.ndarray]], compat: bool
-) -> dict[str, float]:
-  """Means over an evaluation set from the sums of its batches.
-
-  Args:
-    sums: one result of the evaluation step for each batch.
-    compat: also give the value that the published C4 harness prints: the mean
-      of the N batches' means, divided by N + 1 instead of N.
-
-  Returns:
-    eval_loss (nats per token), eval_perplexity, bits_per_byte, eval_tokens
-    and, if asked for, eval_loss_compat.
-
-  Examples:
-    >>> sums = [{'loss': 6.0, 'tokens': 2, 'bytes': 2},
-    ...         {'loss': 2.0, 'tokens': 2, 'bytes': 2}]
-    >>> row = evaluation(sums, compat=True)
-    >>> row['eval_loss'], round(row['eval_loss_compat'], 3)
-    (2.0, 1.333)
-  """
-  loss, tokens, n_bytes = (
-    float(sum(float(s[k]) for s in sums)) for k in ('loss', 'tokens', 'bytes')
-  )
-  row = {
-    'eval_loss': loss / tokens,
-    'eval_perplexity': float(np.exp(loss / tokens)),
-    'bits_per_byte': loss / np.log(2.0) / n_bytes if n_bytes else None,
-    'eval_tokens': int(tokens),
-  }
-  if compat:
-    means = [float(s['loss']) / float(s['tokens']) for s in sums if s['tokens']]
-    row['eval_loss_compat'] = sum(means) / (len(means) + 1)
-  return row
 
 
 # What the position in the stream of training batches depends on.

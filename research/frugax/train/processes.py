@@ -1,12 +1,29 @@
-"""Several processes, one program: joining them."""
+"""Several processes, one program: joining, agreeing, and losing one."""
 
+import hashlib
+import json
 import os
+import pathlib
+import platform
+import sys
+import time
 from collections.abc import Mapping
+from typing import Any, NoReturn
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from frugax import config as fx_config
+from frugax.train import metrics
 
 # What a launcher sets for each process of several: the number of processes.
 _COUNTS = ('JAX_NUM_PROCESSES', 'SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
+
+# Seconds after which the others give up a process that gives no sign of life.
+HEARTBEAT = 60
+
+_joined = False  # asking JAX would start its devices
 
 
 def several(environ: Mapping[str, str] = os.environ) -> bool:
@@ -38,4 +55,104 @@ def join() -> None:
   if 'JAX_PROCESS_ID' in os.environ:
     by_hand['num_processes'] = int(os.environ['JAX_NUM_PROCESSES'])
     by_hand['process_id'] = int(os.environ['JAX_PROCESS_ID'])
-  jax.distributed.initialize(**by_hand)
+  jax.distributed.initialize(**by_hand, heartbeat_timeout_seconds=HEARTBEAT)
+  global _joined
+  _joined = True
+
+
+def describe() -> str:
+  """One line on this process: its number, its devices, its host."""
+  local = jax.local_devices()
+  kind, ids = local[0].device_kind, ', '.join(str(d.id) for d in local)
+  return (
+    f'process {jax.process_index()} of {jax.process_count()} on'
+    f' {platform.node()}: {len(local)} of {jax.device_count()} devices,'
+    f' {kind} {ids}'
+  )
+
+
+def gather(value: bytes) -> list[bytes]:
+  """The value of every process, on every process; all must call it.
+
+  Examples:
+    >>> gather(b'alone')
+    [b'alone']
+  """
+  if jax.process_count() == 1:
+    return [value]
+  sizes = multihost_utils.process_allgather(np.int32(len(value)))
+  padded = np.zeros(max(sizes), np.uint8)
+  padded[: len(value)] = np.frombuffer(value, np.uint8)
+  rows = multihost_utils.process_allgather(padded)
+  return [row[:n].tobytes() for row, n in zip(rows, sizes, strict=True)]
+
+
+def merge(own: Mapping[str, Any]) -> dict[str, Any]:
+  """The JSON values of all processes by name; all must call it.
+
+  Examples:
+    >>> merge({'a': 1})
+    {'a': 1}
+  """
+  merged: dict[str, Any] = {}
+  for text in gather(json.dumps(own).encode()):
+    merged |= json.loads(text)
+  return merged
+
+
+def agree(config) -> None:
+  """Raises unless all processes run the same config and the same code.
+
+  Raises:
+    ValueError: on every process, naming what differs.
+  """
+  if jax.process_count() == 1:
+    return
+  info = metrics.run_info()
+  facts = {
+    'config': config.to_dict(),
+    **{name: info[name] for name in ('commit', 'jax', 'flax', 'optax')},
+    'code': code_hash(),
+  }
+  all_facts = [json.loads(x) for x in gather(json.dumps(facts).encode())]
+  for i, other in enumerate(all_facts):
+    if lines := fx_config.differences(all_facts[0], other):
+      more = f' (and {len(lines) - 1} more)' if len(lines) > 1 else ''
+      raise ValueError(
+        f'processes 0 and {i} of {len(all_facts)} differ: {lines[0]}{more}.'
+        ' Give all the same command, and install the same commit on every host'
+      )
+
+
+def lost(error: BaseException, resume: str) -> str:
+  """What to tell of an error that the loss of another process may have made."""
+  first = str(error).strip().split('\n')[0]
+  return (
+    f'process {jax.process_index()} of {jax.process_count()} cannot go on, most'
+    f' likely as another one was lost, whose own log tells why: {first}\n'
+    f'What was saved is whole. Start all processes again with\n  {resume}'
+  )
+
+
+def leave(status: int) -> NoReturn:
+  """Ends this process; after a failure at once.
+
+  JAX would wait for the other processes, who may not come to an end, up to
+  minutes, and libraries tell of each thread that was cut off.
+  """
+  if status:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if _joined and jax.process_index() == 0:
+      time.sleep(2)  # with the coordinator gone JAX ends the others
+    os._exit(status)
+  sys.exit(status)
+
+
+def code_hash() -> str:
+  """Of the files of this package, hexadecimal."""
+  digest = hashlib.sha256()
+  package = pathlib.Path(__file__).resolve().parents[1]
+  for file in sorted(package.rglob('*.py')):
+    digest.update(file.read_bytes())
+  return digest.hexdigest()[:16]

@@ -1,0 +1,184 @@
+"""Runs of several processes: real ones, on loopback."""
+
+import json
+import os
+import pathlib
+import signal
+import tempfile
+import time
+
+import jax
+import numpy as np
+import pytest
+import slow_network
+from running import rows, start_together, texts, wait_for_step
+
+from frugax.train import loop, processes
+
+# The loss of a run is a sum whose order depends on the mesh, and no more.
+_ADAMW = 'size=tiny,opt=adamw'
+
+
+def _together(
+  command_line, folder, n, arguments=_ADAMW, network=None, **overrides
+):
+  """A whole run of four devices in n processes: what each told."""
+  logs = folder.with_name(f'{folder.name} log')
+  argv = command_line(folder, arguments, **overrides)
+  started = start_together([argv] * n, 4 // n, logs, network)
+  codes = [p.wait(timeout=300) for p in started]
+  assert codes == [0] * n, texts(logs)
+  return texts(logs)
+
+
+@pytest.fixture
+def network(tmp_path):
+  """Four hosts, 20 ms from each other."""
+  if why := slow_network.missing():
+    pytest.skip(f'no network of our own: {why}')
+  with tempfile.TemporaryDirectory() as folder:  # of a short name, for a socket
+    made = slow_network.Network(pathlib.Path(folder), hosts=4, delay=0.02)
+    yield made
+    made.close()
+
+
+def _assert_close(got, want):
+  assert list(got) == list(want)
+  for n in want:
+    assert got[n]['tokens'] == want[n]['tokens']
+    for key in ('loss', 'grad_norm', 'param_norm'):
+      np.testing.assert_allclose(got[n][key], want[n][key], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('mesh', 'n'),
+  [
+    ('data=2,fsdp=2', 2),
+    *(
+      pytest.param(mesh, n, marks=pytest.mark.slow)
+      for mesh in ('data=4', 'data=2,fsdp=2', 'fsdp=4', 'tensor=4')
+      for n in (2, 4)
+      if (mesh, n) != ('data=2,fsdp=2', 2)
+    ),
+  ],
+)
+def test_processes_equal_one(mesh, n, make_config, command_line, tmp_path):
+  one = loop.train(
+    make_config(_ADAMW, mesh=mesh), tmp_path / 'one', devices=jax.devices()[:4]
+  )
+  told = _together(command_line, tmp_path / 'some', n, mesh=mesh)
+  some = json.loads((tmp_path / 'some' / 'summary.json').read_text())
+  assert some['hardware']['processes'] == n
+  _assert_close(rows(tmp_path / 'some'), rows(tmp_path / 'one'))
+  np.testing.assert_allclose(some['eval_loss'], one['eval_loss'], rtol=1e-5)
+  assert some['eval_tokens'] == one['eval_tokens'] == 500
+  # Each says who it is, and one tells the rest.
+  for i, text in enumerate(told):
+    assert f'process {i} of {n} on ' in text
+    assert f': {4 // n} of 4 devices, cpu' in text
+  assert 'validation loss' in told[0] and 'code       ' in told[0]
+  for text in told[1:]:  # (Gloo tells of its connections)
+    assert not [w for w in ('model', 'loss', 'step', 'code') if w in text]
+  # Each wrote the arrays it has, none of them a copy of another's.
+  (step,) = (tmp_path / 'some' / 'checkpoints').iterdir()
+  own = {p.name for p in (step / 'state').glob('ocdbt.process_*')}
+  if mesh == 'fsdp=4':
+    assert own == {f'ocdbt.process_{i}' for i in range(n)}
+
+
+@pytest.mark.slow
+def test_a_slow_network_changes_nothing(
+  network, make_config, command_line, tmp_path
+):
+  same = {'mesh': 'fsdp=4', 'steps': 3}
+  loop.train(
+    make_config(_ADAMW, **same), tmp_path / 'one', devices=jax.devices()[:4]
+  )
+  _together(command_line, tmp_path / 'far', 4, network=network, **same)
+  _assert_close(rows(tmp_path / 'far'), rows(tmp_path / 'one'))
+  assert network.packets > 1000  # that is the way they took
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('before', 'after'), [(4, 2), (2, 4), (4, 1)])
+def test_saved_by_some_goes_on_with_others(
+  before, after, make_config, command_line, tmp_path
+):
+  same = {'mesh': 'fsdp=4', 'schedule__name': 'constant', 'data__seed': 3}
+  loop.train(
+    make_config(_ADAMW, **same), tmp_path / 'whole', devices=jax.devices()[:4]
+  )
+  _together(command_line, tmp_path / 'run', before, steps=3, **same)
+  (tmp_path / 'run log').rename(tmp_path / 'first log')
+  told = _together(command_line, tmp_path / 'run', after, **same)
+  assert 'resuming from the checkpoint at step 3' in told[0]
+  _assert_close(rows(tmp_path / 'run'), rows(tmp_path / 'whole'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('victim', [1, 0], ids=['worker', 'coordinator'])
+def test_a_lost_process_ends_the_others(victim, command_line, tmp_path):
+  """Within the time that README states, and the run goes on from its save."""
+  run = tmp_path / 'run'
+
+  def argv(steps):
+    return command_line(
+      run, _ADAMW, mesh='fsdp=4', steps=steps, checkpoint__every=5,
+      schedule__name='constant',
+    )  # fmt: skip
+
+  started = start_together([argv(100_000)] * 4, 1, tmp_path / 'log')
+  wait_for_step(run, 12, started[0])
+  os.kill(started[victim].pid, signal.SIGKILL)
+  begin = time.monotonic()
+  codes = [p.wait(timeout=2 * processes.HEARTBEAT + 30) for p in started]
+  assert time.monotonic() - begin < processes.HEARTBEAT + 30
+  assert all(codes) and codes[victim] == -signal.SIGKILL
+  for i, text in enumerate(texts(tmp_path / 'log')):
+    # JAX ends a process that has lost its coordinator, and says so itself.
+    if i != victim:
+      assert (
+        'most likely as another one was lost' in text
+        or 'another task died' in text
+      ), text
+  reached = max(rows(run))
+  again = start_together([argv(reached + 5)] * 4, 1, tmp_path / 'again')
+  assert [p.wait(timeout=300) for p in again] == [0] * 4, texts(
+    tmp_path / 'again'
+  )
+  told = texts(tmp_path / 'again')[0]
+  kept = int(told.split('resuming from the checkpoint at step ')[1].split()[0])
+  assert reached - kept <= 2 * 5  # the save that was under way may be lost
+  assert list(rows(run)) == list(range(1, reached + 6))
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [({'seed': 7}, 'processes 0 and 1 of 2 differ: config.seed: 0 -> 7')],
+)
+def test_processes_that_differ_stop(change, message, command_line, tmp_path):
+  argvs = [
+    command_line(tmp_path / 'run', _ADAMW, mesh='fsdp=4', **more)
+    for more in ({}, change)
+  ]
+  started = start_together(argvs, 2, tmp_path / 'log')
+  assert [p.wait(timeout=100) for p in started] == [2, 2]
+  for text in texts(tmp_path / 'log'):
+    assert f'error: {message}' in text
+    assert 'Give all the same command' in text
+  assert not (tmp_path / 'run').exists()
+
+
+def test_code_that_differs_is_named(monkeypatch, make_config):
+  config = make_config(_ADAMW)
+  gathered = []
+
+  def gather(value):
+    gathered.append(value)
+    return [value, value.replace(b'"code": "', b'"code": "0')]
+
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(processes, 'gather', gather)
+  with pytest.raises(ValueError, match='processes 0 and 1 of 2 differ: code'):
+    processes.agree(config)
+  assert len(gathered) == 1

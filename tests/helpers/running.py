@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -32,7 +33,8 @@ def assert_same_steps(got, want):
 
 def start(argv, n_devices, log, more=(), within=list):
   """A run on so many CPU devices, which writes to the file `log`."""
-  flags = f'--xla_force_host_platform_device_count={n_devices}'
+  count = '--xla_force_host_platform_device_count='
+  flags = re.sub(rf'{count}\d+', f'{count}{n_devices}', os.environ['XLA_FLAGS'])
   return subprocess.Popen(
     within([sys.executable, '-m', 'frugax.train', *argv]),
     env={**os.environ, 'XLA_FLAGS': flags, **dict(more)},

@@ -33,7 +33,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 train: $(READY)
 	$(PY) -m frugax.train.corpus --data_dir=data
 	$(PY) -m frugax.train --config=$(CONFIG) --workdir="$(WORKDIR)" $(ARGS)
-	$(PY) -m frugax.report "$(WORKDIR)" --curves-only
+	$(PY) -m frugax.report "$(WORKDIR)" --curves-only --plot="$(WORKDIR)/loss.png"
 
 PYTEST := -m pytest -n 2 --dist loadfile --durations=10
 

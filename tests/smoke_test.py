@@ -48,5 +48,6 @@ def test_trains_and_resumes(tmp_path):
   rows = (workdir / 'metrics.jsonl').read_text().splitlines()
   steps = [row['step'] for row in map(json.loads, rows) if 'loss' in row]
   assert steps == [1, 2, 3, 4, 5]
-  assert 'galore' in run('frugax.report', str(workdir))
-  assert (workdir / 'loss.png').read_bytes().startswith(b'\x89PNG')
+  out = workdir / 'report'
+  assert 'galore' in run('frugax.report', str(workdir), f'--out={out}')
+  assert (out / 'loss_by_tokens.png').read_bytes().startswith(b'\x89PNG')

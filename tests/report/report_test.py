@@ -48,6 +48,7 @@ SUMMARY = {
   'bits_per_byte': 4.3281,
   'tokens_per_second': 12345.6,
   'step_seconds': 0.0081,
+  'mfu': 0.4149,
   'parameters': 1_575_936,
   'optimizer': 'galore',
   'optimizer_state_bytes': 4_100_000,
@@ -111,9 +112,12 @@ def test_the_table_of_a_finished_run(tmp_path):
       'params': '1.58M',
       'steps': '3',
       'tokens': '300',
+      'time': '12.0 s',
+      'train loss': '3.5000',
       'eval loss': '3.0000',
       'bits/byte': '4.3281',
       'tokens/s': '12,346',
+      'MFU': '41.5%',
       'state bytes': '4.10M',
       "of Adam's": '32.5 %',
     }
@@ -127,6 +131,7 @@ def test_a_run_without_summary_is_read_from_its_rows(tmp_path):
     'steps': 3,
     'tokens': 300,
     'seconds': 12.0,
+    'train_loss': 3.5,
     'eval_loss': 3.0,
     'bits_per_byte': 4.3281,
     'tokens_per_second': 75.0,
@@ -137,6 +142,28 @@ def test_a_run_without_summary_is_read_from_its_rows(tmp_path):
   assert row['optimizer'] == 'fira'
   assert row['tokens/s'] == '75'
   assert row['params'] == row['state bytes'] == row["of Adam's"] == '-'
+  assert row['MFU'] == '-'
+
+
+def test_a_run_in_progress_shows_what_it_knew_at_its_start(tmp_path):
+  rows = ({'step': s, 'loss': 9 - s, 'mfu': s / 10} for s in (1, 2, 4))
+  folder = _write(tmp_path, rows, config={'steps': 1200}, tail='{"step": 5, "l')
+  facts = {k: SUMMARY[k] for k in ('parameters', 'optimizer_state_bytes')}
+  (folder / 'info.json').write_text(json.dumps(facts))
+  (row,) = _cells([report.read_run(folder)])
+  assert row['steps'] == '4 of 1,200'
+  assert (row['params'], row['state bytes']) == ('1.58M', '4.10M')
+  assert (row['MFU'], row['train loss']) == ('20.0%', '5.0000')
+  assert row['eval loss'] == row['time'] == '-'
+
+
+def test_the_training_loss_is_that_of_the_last_50th(tmp_path):
+  rows = [{'step': s, 'loss': float(s)} for s in range(1, 201)]
+  run = report.read_run(_write(tmp_path, rows))
+  assert run.summary['train_loss'] == np.mean([196, 197, 198, 199, 200])
+  rows[-1]['loss'] = 'nan'
+  run = report.read_run(_write(tmp_path, rows))
+  assert math.isnan(run.summary['train_loss'])
 
 
 def test_a_summary_with_nulls_is_shown_with_dashes(tmp_path):
@@ -187,43 +214,74 @@ def test_a_run_of_nothing_but_nan_is_drawn(tmp_path):
   assert _is_png(tmp_path / 'loss.png')
 
 
-@pytest.mark.parametrize(
-  'tail', ['{', '{"step": 4, "loss": 1', '{"step": 4,\n']
-)
+@pytest.mark.parametrize('tail', ['{', '{"step": 4, "loss": 1', '{"step":'])
 def test_a_half_written_last_line_is_left_out(tmp_path, tail):
   run = report.read_run(_write(tmp_path, tail=tail))
   assert run.train['step'][-1] == 3
+  assert run.skipped == ()
 
 
-@pytest.mark.parametrize(
-  ('line', 'reason'),
-  [
-    ('{"step": 1, "lo', 'not JSON'),
-    ('{"loss": 5.0}', 'not an object with a step'),
-    ('[1, 2]', 'not an object with a step'),
-    ('{"step": 1, "loss": "low"}', "loss is 'low', not a number"),
-    ('{"step": 1, "loss": [5.0]}', r'loss is \[5.0\], not a number'),
-  ],
+BROKEN = (
+  ('{"step": 1, "lo', 'not JSON'),
+  ('\x00\x00\x00', 'not JSON'),
+  ('\udcff{"step": 1}', 'not JSON'),
+  ('[' * 100_000, 'not JSON'),
+  ('{"loss": 5.0}', 'not an object with a step'),
+  ('{"step": null, "loss": 5.0}', 'not an object with a step'),
+  ('[1, 2]', 'not an object with a step'),
+  ('{"step": NaN, "loss": 5.0}', 'step is nan, not a number of steps'),
+  ('{"step": 1, "loss": "low"}', "loss is 'low', not a number"),
+  ('{"step": 1, "loss": [5.0]}', 'loss is [5.0], not a number'),
+  ('{"step": 1, "loss": 1' + 400 * '0' + '}', 'loss is 1000'),
 )
-def test_a_broken_line_is_named(tmp_path, line, reason):
-  tail = f'{line}\n' + '{"step": 5, "loss": 1.0}\n'
-  folder = _write(tmp_path, ROWS[:1], tail=tail)
-  with pytest.raises(ValueError, match=rf'metrics\.jsonl, line 2: {reason}'):
-    report.read_run(folder)
 
 
-@pytest.mark.parametrize('name', ['summary.json', 'config.json'])
+@pytest.mark.parametrize(('line', 'reason'), BROKEN)
+def test_a_broken_line_is_left_out_and_told_of(tmp_path, line, reason):
+  folder = _write(tmp_path, ROWS[:1])
+  with (folder / 'metrics.jsonl').open('ab') as f:
+    f.write(line.encode(errors='surrogateescape') + b'\n')
+    f.write(b'{"step": 5, "loss": 1.0}\n')
+  run = report.read_run(folder)
+  np.testing.assert_array_equal(run.train['step'], [1, 5])
+  np.testing.assert_array_equal(run.train['loss'], [5.5, 1.0])
+  (told,) = run.skipped
+  assert told.startswith(f'metrics.jsonl, line 2: {reason}')
+
+
+def test_broken_lines_are_counted_below_the_table(tmp_path):
+  lines = [line for line, _ in BROKEN[4:9]]
+  paths = [
+    _write(tmp_path / 'a', tail='\n'.join([*lines, 'oops', '{"st'])),
+    _write(tmp_path / 'b'),
+    _write(tmp_path / 'c', tail='oops\n{"step": 9, "loss": 2.0}\n'),
+  ]
+  runs = [report.read_run(path) for path in paths]
+  assert report.table(runs).splitlines()[4:] == [
+    'a: 6 broken left out, first metrics.jsonl, line 6: not an object with a'
+    ' step: b\'{"loss": 5.0}\'',
+    "c: 1 broken left out, first metrics.jsonl, line 6: not JSON: b'oops'",
+  ]
+  found = json.loads(report.to_json(runs))['runs']
+  assert [len(run['skipped']) for run in found] == [6, 0, 1]
+
+
+@pytest.mark.parametrize('name', ['summary', 'config', 'info'])
 @pytest.mark.parametrize('text', ['{"steps": ', '[3]'])
-def test_a_broken_json_file_is_named(tmp_path, name, text):
-  (_write(tmp_path) / name).write_text(text)
-  with pytest.raises(ValueError, match=f'{name} is not'):
-    report.read_run(tmp_path)
+def test_a_broken_file_of_facts_is_left_out_and_told_of(tmp_path, name, text):
+  (_write(tmp_path) / f'{name}.json').write_text(text)
+  run = report.read_run(tmp_path)
+  (told,) = run.skipped
+  assert told.startswith(f'{name}.json: ')
+  assert run.summary['steps'] == 3
 
 
-def test_a_summary_with_words_for_numbers_is_refused(tmp_path):
+def test_a_summary_with_words_for_numbers_is_left_out(tmp_path):
   folder = _write(tmp_path, summary=SUMMARY | {'tokens': 'many'})
-  with pytest.raises(ValueError, match=r"summary\.json: tokens is 'many'"):
-    report.read_run(folder)
+  run = report.read_run(folder)
+  assert run.skipped == ("summary.json: tokens is 'many', not a number",)
+  assert run.summary['tokens'] == 300
+  assert 'parameters' not in run.summary
 
 
 def test_missing_runs_are_named(tmp_path):
@@ -232,8 +290,13 @@ def test_missing_runs_are_named(tmp_path):
   with pytest.raises(ValueError, match=r'has no metrics\.jsonl'):
     report.read_run(tmp_path)
   (tmp_path / 'metrics.jsonl').touch()
-  with pytest.raises(ValueError, match='no row with a loss or eval_loss yet'):
+  with pytest.raises(ValueError, match=r'no row with a loss or eval_loss$'):
     report.read_run(tmp_path)
+  (tmp_path / 'metrics.jsonl').write_text('oops\noops\n')
+  with pytest.raises(ValueError, match=r'eval_loss \(2 broken lines\)'):
+    report.read_run(tmp_path)
+  with pytest.raises(ValueError, match='gs://runs/a is no folder: mount'):
+    report.read_run('gs://runs/a')
 
 
 def test_columns_line_up_over_runs(tmp_path):
@@ -267,6 +330,18 @@ def test_plots(tmp_path, x, n_runs):
   assert _is_png(picture)
 
 
+@pytest.mark.parametrize(
+  ('seconds', 'label', 'last'),
+  [(100, 'seconds', 100), (180, 'minutes', 3), (86400, 'hours', 24)],
+)
+def test_time_is_in_a_unit_that_suits_it(tmp_path, seconds, label, last):
+  rows = ({'step': s, 'loss': 1.0, 'seconds': s * seconds} for s in (0.5, 1))
+  run = report.read_run(_write(tmp_path, rows))
+  (ax,) = report.figure([run], 'seconds').axes
+  assert ax.get_xlabel() == f'training time in {label}, without evaluation'
+  assert ax.lines[0].get_xdata()[-1] == last
+
+
 def test_what_cannot_be_plotted_is_said(tmp_path):
   rows = ({'step': 1, 'loss': 2.0}, {'step': 1, 'eval_loss': 2.0})
   run = report.read_run(_write(tmp_path, rows))
@@ -291,39 +366,89 @@ def test_smoothing_is_the_mean_of_what_is_near(width):
   np.testing.assert_allclose(curves.smooth(values, width), expected)
 
 
-def test_the_command_for_one_run(tmp_path):
-  folder = _write(tmp_path / 'a run', summary=SUMMARY)
-  done = _main(folder, cwd=tmp_path)
+def test_the_command(tmp_path):
+  for name in ('a run', 'b'):
+    _write(tmp_path / 'runs' / name, summary=SUMMARY)
+  done = _main('runs/a run', 'runs/b', cwd=tmp_path)
   assert (done.returncode, done.stderr) == (0, '')
-  assert report.table([report.read_run(folder)]) in done.stdout
-  assert _is_png(folder / 'loss.png')
+  runs = [report.read_run(tmp_path / 'runs' / name) for name in ('a run', 'b')]
+  assert done.stdout.startswith(report.table(runs) + '\n\n')
+  out = tmp_path / 'report'
+  assert _is_png(out / 'loss_by_tokens.png')
+  assert _is_png(out / 'loss_by_time.png')
+  found = json.loads((out / 'report.json').read_text())['runs']
+  assert [run['name'] for run in found] == ['a run', 'b']
+  assert found[0]['summary'] == SUMMARY | {'train_loss': 3.5}
+  assert found[0]['eval']['eval_loss'] == [4.25, 3.0]
+  assert found[1]['train']['step_seconds'] == ['nan', 1.0, 2.0]
 
 
-def test_the_command_for_several_runs(tmp_path):
-  for name in ('a', 'b'):
-    _write(tmp_path / name, summary=SUMMARY)
-  done = _main('a', 'b', '--x=tokens', cwd=tmp_path)
-  assert (done.returncode, done.stderr) == (0, '')
-  assert len(done.stdout.split('\n\n')[0].splitlines()) == 3
-  assert _is_png(tmp_path / 'loss.png')
-  assert not (tmp_path / 'a' / 'loss.png').exists()
-
-
-def test_the_command_for_nothing_but_curves(tmp_path):
+def test_the_command_for_one_picture(tmp_path):
   _write(tmp_path / 'a')
-  done = _main('a', '--curves-only', '--plot=b.png', cwd=tmp_path)
+  done = _main('a', '--curves-only', '--plot=b.png', '--x=tokens', cwd=tmp_path)
   assert (done.returncode, done.stdout) == (0, 'loss curves: b.png\n')
   assert _is_png(tmp_path / 'b.png')
+  assert {p.name for p in tmp_path.iterdir()} == {'a', 'b.png'}
+
+
+def test_the_command_for_scripts(tmp_path):
+  _write(tmp_path / 'a')
+  done = _main('a', '--json', cwd=tmp_path)
+  assert (done.returncode, done.stderr) == (0, '')
+  (run,) = json.loads(done.stdout)['runs']
+  assert run['train']['loss'] == [5.5, 4.5, 3.5]
+  assert [p.name for p in tmp_path.iterdir()] == ['a']
+
+
+def test_runs_that_cannot_be_read_do_not_hide_the_others(tmp_path):
+  _write(tmp_path / 'a')
+  (tmp_path / 'b').mkdir()
+  done = _main('b', 'a', 'c', '--plot=a.png', cwd=tmp_path)
+  assert done.returncode == 1
+  assert len(done.stdout.split('\n\n')[0].splitlines()) == 2
+  first, second = done.stderr.splitlines()
+  assert 'b has no metrics.jsonl' in first
+  assert 'c: no such folder' in second
+  done = _main('b', 'c', cwd=tmp_path)
+  assert (done.returncode, done.stdout) == (2, '')
+  assert {p.name for p in tmp_path.iterdir()} == {'a', 'b', 'a.png'}
 
 
 def test_the_command_says_in_one_line_what_is_wrong(tmp_path):
-  _write(tmp_path / 'a', ROWS[:1], tail='oops\n{"step": 2, "loss": 1.0}\n')
-  for name, words in (('a', 'metrics.jsonl, line 2'), ('b', 'no such folder')):
-    done = _main(name, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stdout == ''
-    assert len(done.stderr.splitlines()) == 1
-    assert words in done.stderr
+  _write(tmp_path / 'a', ({'step': 1, 'loss': 2.0},))
+  done = _main('a', '--curves-only', cwd=tmp_path)
+  assert (done.returncode, done.stdout) == (2, '')
+  assert len(done.stderr.splitlines()) == 1
+  assert "does not record 'tokens'" in done.stderr
+
+
+def test_a_run_is_read_once_and_left_as_it_is(tmp_path):
+  """As on a mounted bucket, where each call is slow and writing forbidden."""
+  folder = _write(tmp_path / 'a', summary=SUMMARY, config={'steps': 3})
+  (folder / 'info.json').write_text('{}')
+  program = (
+    'import json, sys\n'
+    'from frugax.report import __main__ as command\n'
+    'from frugax.report import curves\n'
+    'from matplotlib import figure\n'
+    'folder, seen = sys.argv[1], []\n'
+    'def hook(event, args):\n'
+    '  if args and str(args[0]).startswith(folder):\n'
+    '    seen.append([event, str(args[0])[len(folder):], args[1].strip("b")])\n'
+    'sys.addaudithook(hook)\n'
+    'command.main([folder, "--out=out"])\n'
+    'print(json.dumps(seen))\n'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', program, str(folder)],
+    cwd=tmp_path,
+    check=True,
+    capture_output=True,
+    text=True,
+  )
+  seen = json.loads(done.stdout.splitlines()[-1])
+  names = ('metrics.jsonl', 'config.json', 'info.json', 'summary.json')
+  assert sorted(seen) == sorted(['open', f'/{name}', 'r'] for name in names)
 
 
 def test_the_command_needs_no_home(tmp_path):

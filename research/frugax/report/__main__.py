@@ -1,4 +1,4 @@
-"""`python -m frugax.report RUN... [--plot FILE.png] [--x tokens]`."""
+"""`python -m frugax.report RUN... [--out DIR] [--json]`."""
 
 import argparse
 import pathlib
@@ -8,40 +8,89 @@ from collections.abc import Sequence
 from frugax import report
 from frugax.report import curves
 
+_PICTURES = {'tokens': 'loss_by_tokens.png', 'seconds': 'loss_by_time.png'}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Prints the table, draws the curves; 2 if there is nothing to read."""
+  """Prints the table, draws the curves.
+
+  Args:
+    argv: the arguments of the command line.
+
+  Returns:
+    The exit status: 1 if some of the runs could not be read, 2 if none could
+    or there is no writing what was asked for.
+  """
+  args = _parser().parse_args(argv)
+  runs = []
+  for path in args.runs:
+    try:
+      runs.append(report.read_run(path))
+    except (ValueError, OSError) as error:
+      print(f'frugax.report: {error}', file=sys.stderr)
+  if not runs:
+    return 2
+  try:
+    _show(args, runs)
+  except (ValueError, OSError) as error:
+    print(f'frugax.report: {error}', file=sys.stderr)
+    return 2
+  return int(len(runs) < len(args.runs))
+
+
+def _parser():
   parser = argparse.ArgumentParser(
     prog='python -m frugax.report',
-    description='Compare runs: a table and a picture of their loss curves.',
+    description=(
+      'Compare runs: a table, pictures of their loss curves by tokens and by'
+      ' time, and all of it as JSON. Nothing is written into the folders of'
+      ' the runs.'
+    ),
   )
   parser.add_argument(
     'runs', nargs='+', metavar='RUN', help='the --workdir of a training run'
   )
   parser.add_argument(
+    '--out',
+    metavar='DIR',
+    default='report',
+    help=f'gets {", ".join(_PICTURES.values())} and report.json'
+    ' (default: %(default)s)',
+  )
+  parser.add_argument(
     '--plot',
     metavar='FILE.png',
-    help='the picture (default: RUN/loss.png; of several runs, loss.png)',
+    help='write this one picture, along --x, instead of the folder',
   )
   parser.add_argument(
-    '--x', choices=tuple(curves.X_AXES), default='step', help='horizontal axis'
+    '--x', choices=tuple(curves.X_AXES), default='step', help='axis of --plot'
   )
-  parser.add_argument(
-    '--curves-only', action='store_true', help='print no table'
+  only = parser.add_mutually_exclusive_group()
+  only.add_argument(
+    '--json',
+    action='store_true',
+    help='JSON on the standard output, and nothing else',
   )
-  args = parser.parse_args(argv)
-  folder = pathlib.Path(args.runs[0] if len(args.runs) == 1 else '.')
-  picture = args.plot or folder / 'loss.png'
-  try:
-    runs = [report.read_run(path) for path in args.runs]
-    if not args.curves_only:
-      print(report.table(runs), end='\n\n')
-    report.plot(runs, picture, args.x)
-  except (ValueError, OSError) as error:
-    print(f'frugax.report: {error}', file=sys.stderr)
-    return 2
-  print(f'loss curves: {picture}')
-  return 0
+  only.add_argument('--curves-only', action='store_true', help='print no table')
+  return parser
+
+
+def _show(args, runs):
+  if args.json:
+    print(report.to_json(runs))
+    return
+  if not args.curves_only:
+    print(report.table(runs), end='\n\n')
+  if args.plot:
+    report.plot(runs, args.plot, args.x)
+    print(f'loss curves: {args.plot}')
+    return
+  out = pathlib.Path(args.out)
+  for x, name in _PICTURES.items():
+    report.plot(runs, out / name, x)
+    print(f'loss curves: {out / name}')
+  (out / 'report.json').write_text(report.to_json(runs) + '\n')
+  print(f'all of it as JSON: {out / "report.json"}')
 
 
 if __name__ == '__main__':

@@ -16,8 +16,9 @@ from frugax.report.runs import Run
 X_AXES = {
   'step': 'step',
   'tokens': 'training tokens',
-  'seconds': 'training time in seconds, without evaluation',
+  'seconds': 'training time in {}, without evaluation',
 }
+_TIMES = (('days', 86400), ('hours', 3600), ('minutes', 60), ('seconds', 1))
 # Okabe and Ito's palette: told apart by colour-blind readers, and in print.
 _COLOURS = (
   '#0072B2',
@@ -31,8 +32,8 @@ _COLOURS = (
 _STYLES = ('-', '--', ':')
 
 
-def plot(runs: Sequence[Run], path: str | os.PathLike, x: str = 'step') -> None:
-  """Draws training and evaluation loss of runs into one picture.
+def figure(runs: Sequence[Run], x: str = 'step'):
+  """Training and evaluation loss of runs, as a matplotlib figure.
 
   Training loss is a thin line, averaged over about 2 % of the run, over its
   faint raw values; evaluation loss is points on a line. A cross marks where a
@@ -41,13 +42,65 @@ def plot(runs: Sequence[Run], path: str | os.PathLike, x: str = 'step') -> None:
 
   Args:
     runs: the runs; each has a colour of its own.
+    x: horizontal axis: step, tokens or seconds.
+
+  Returns:
+    A matplotlib.figure.Figure, which notebooks show and `savefig` writes.
+
+  Raises:
+    ValueError: an unknown axis, or one that a run has not recorded.
+
+  Examples:
+    >>> step = np.arange(1, 101)
+    >>> train = {'step': step, 'loss': 5 / step**0.25}
+    >>> run = Run(pathlib.Path('runs/tiny'), train, {})
+    >>> figure([run]).axes[0].get_title(loc='left')
+    'Loss of tiny'
+  """
+  if x not in X_AXES:
+    raise names.unknown('x axis', x, X_AXES)
+  _check_recorded(runs, x)
+  _set_config_folder()
+  # Not pyplot: a Figure of its own needs no display and leaves no state.
+  from matplotlib import figure as mpl_figure
+  from matplotlib import ticker
+
+  fig = mpl_figure.Figure(figsize=(8, 4.5), dpi=160, layout='constrained')
+  ax = fig.add_subplot()
+  labels = runs_lib.names(runs)
+  unit, size = _unit(runs, x)
+  for i, (name, run) in enumerate(zip(labels, runs, strict=True)):
+    _draw(ax, run, name, lambda rows: rows[x] / size, i, alone=len(runs) == 1)
+  limits = _limits(runs)
+  if limits:
+    ax.set_ylim(*limits)
+  ax.set_title(_title(labels), loc='left', fontsize=11)
+  ax.set_xlabel(X_AXES[x].format(unit))
+  ax.set_ylabel('loss (nats per token)')
+  if x == 'tokens':
+    ax.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
+  elif x == 'step':
+    ax.xaxis.set_major_formatter(ticker.StrMethodFormatter('{x:,.0f}'))
+  ax.grid(color='#e4e4e4', linewidth=0.7)
+  ax.set_axisbelow(True)
+  ax.spines[['top', 'right']].set_visible(False)
+  explain = 'thin: train, smoothed; points: eval' if len(runs) > 1 else None
+  legend = ax.legend(frameon=False, fontsize=9, title=explain)
+  legend.get_title().set_fontsize(9)
+  return fig
+
+
+def plot(runs: Sequence[Run], path: str | os.PathLike, x: str = 'step') -> None:
+  """Writes `figure` to a file.
+
+  Args:
+    runs: the runs; each has a colour of its own.
     path: the file to write, its ending says the format (.png, .svg, .pdf);
       missing folders are made.
     x: horizontal axis: step, tokens or seconds.
 
   Raises:
-    ValueError: an unknown axis, one that a run has not recorded, or a file
-      format that matplotlib does not write.
+    ValueError: as `figure`, or a file format that matplotlib does not write.
 
   Examples:
     >>> step = np.arange(1, 101)
@@ -59,34 +112,7 @@ def plot(runs: Sequence[Run], path: str | os.PathLike, x: str = 'step') -> None:
     ['loss.png']
     >>> folder.cleanup()
   """
-  if x not in X_AXES:
-    raise names.unknown('x axis', x, X_AXES)
-  _check_recorded(runs, x)
-  _set_config_folder()
-  # Not pyplot: a Figure of its own needs no display and leaves no state.
-  from matplotlib import figure, ticker
-
-  fig = figure.Figure(figsize=(8, 4.5), dpi=160, layout='constrained')
-  ax = fig.add_subplot()
-  labels = runs_lib.names(runs)
-  for i, (name, run) in enumerate(zip(labels, runs, strict=True)):
-    _draw(ax, run, name, x, i, alone=len(runs) == 1)
-  limits = _limits(runs)
-  if limits:
-    ax.set_ylim(*limits)
-  ax.set_title(_title(labels), loc='left', fontsize=11)
-  ax.set_xlabel(X_AXES[x])
-  ax.set_ylabel('loss (nats per token)')
-  if x == 'tokens':
-    ax.xaxis.set_major_formatter(ticker.EngFormatter(sep=''))
-  else:
-    ax.xaxis.set_major_formatter(ticker.StrMethodFormatter('{x:,.0f}'))
-  ax.grid(color='#e4e4e4', linewidth=0.7)
-  ax.set_axisbelow(True)
-  ax.spines[['top', 'right']].set_visible(False)
-  explain = 'thin: train, smoothed; points: eval' if len(runs) > 1 else None
-  legend = ax.legend(frameon=False, fontsize=9, title=explain)
-  legend.get_title().set_fontsize(9)
+  fig = figure(runs, x)
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   fig.savefig(path)
@@ -118,11 +144,21 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
   )
 
 
-def _draw(ax, run, name, x, i, *, alone):
+def _unit(runs, x):
+  """The name and size of what the horizontal axis counts."""
+  if x != 'seconds':
+    return '', 1
+  times = [rows[x] for run in runs for rows in (run.train, run.eval) if rows]
+  longest = np.nanmax(np.concatenate([*times, [0.0]]))
+  # No unit of which the runs have but a few.
+  return next(u for u in _TIMES if longest >= 3 * u[1] or u[1] == 1)
+
+
+def _draw(ax, run, name, at_of, i, *, alone):
   colour = _COLOURS[i % len(_COLOURS)]
   style = _STYLES[i // len(_COLOURS) % len(_STYLES)]
   if run.train:
-    at, loss = run.train[x], run.train['loss']
+    at, loss = at_of(run.train), run.train['loss']
     line = _smooth_train(run)
     bad = ~np.isfinite(loss)
     ax.plot(at, loss, color=colour, alpha=0.3, linewidth=0.5)
@@ -150,7 +186,7 @@ def _draw(ax, run, name, x, i, *, alone):
     loss = run.eval['eval_loss']
     label = 'eval' if alone else f'{name}, eval'
     ax.plot(
-      run.eval[x],
+      at_of(run.eval),
       loss,
       color=_COLOURS[1] if alone else colour,
       linewidth=1.5,

@@ -19,6 +19,7 @@ _NUMBERS = (
   'bits_per_byte',
   'tokens_per_second',
   'step_seconds',
+  'mfu',
   'parameters',
   'optimizer_state_bytes',
   'adam_state_bytes',
@@ -35,9 +36,12 @@ class Run:
       it, in the order of `step`.
     eval: rows that have an `eval_loss`, likewise.
     config: config.json, the resolved config; empty if missing.
-    summary: summary.json. Of a run that has none (yet), or that was resumed
-      and is past it, what the rows tell: steps, tokens, seconds, eval_loss,
-      bits_per_byte, tokens_per_second, step_seconds. None is unknown.
+    summary: info.json, the facts that are known when a run begins, and
+      summary.json. What these lack (yet), or a run that was resumed is past,
+      is what the rows tell: steps, tokens, seconds, train_loss (the mean over
+      the last 2 %), eval_loss, bits_per_byte, tokens_per_second, step_seconds,
+      mfu. None is unknown.
+    skipped: what was broken and is left out, a text for each line or file.
   """
 
   path: pathlib.Path
@@ -45,24 +49,28 @@ class Run:
   eval: Mapping[str, np.ndarray]
   config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   summary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  skipped: Sequence[str] = ()
 
 
 def read_run(path: str | os.PathLike) -> Run:
-  """Reads the folder of a run, finished or not.
+  """Reads the folder of a run, finished or not; writes nothing into it.
 
   A last line that is cut off is left out: the run is writing it, or was killed
-  while it did. Of rows of one kind and step the last one counts.
+  while it did. Any other line that is no row of metrics is left out and told
+  of in `Run.skipped`. Of rows of one kind and step the last one counts. Each
+  file is opened once and read from its beginning to its end, as is best where
+  the folder is a mounted bucket.
 
   Args:
-    path: the run's --workdir. Its metrics.jsonl must exist; config.json and
-      summary.json need not.
+    path: the run's --workdir. Its metrics.jsonl must exist; config.json,
+      info.json and summary.json need not.
 
   Returns:
     The run.
 
   Raises:
-    ValueError: no such folder, no metrics in it, or a broken file; the message
-      names the file and the line.
+    ValueError: no such folder, or no metrics in it.
+    OSError: a file that cannot be read.
 
   Examples:
     >>> import tempfile
@@ -70,6 +78,7 @@ def read_run(path: str | os.PathLike) -> Run:
     ...   file = pathlib.Path(folder, 'metrics.jsonl')
     ...   _ = file.write_text('''{"step": 1, "loss": 5.5, "tokens": 64}
     ... {"step": 2, "loss": "nan", "tokens": 128}
+    ... oops
     ... {"step": 2, "eval_loss": 4.5}
     ... {"step": 3, "lo''')
     ...   run = read_run(folder)
@@ -77,25 +86,43 @@ def read_run(path: str | os.PathLike) -> Run:
     (array([5.5, nan]), array([4.5]))
     >>> run.summary['steps'], run.summary['tokens']
     (2.0, 128.0)
+    >>> run.skipped
+    ("metrics.jsonl, line 3: not JSON: b'oops'",)
   """
+  if '://' in os.fspath(path):
+    raise ValueError(
+      f'{path} is no folder: mount the bucket (gcsfuse, say) and give the'
+      " run's folder below the mount point"
+    )
   path = pathlib.Path(path)
-  if not path.is_dir():
-    raise ValueError(f'{path}: no such folder; give the --workdir of a run')
   metrics = path / 'metrics.jsonl'
-  if not metrics.is_file():
+  skipped: list[str] = []
+  try:
+    with metrics.open('rb') as lines:
+      rows = list(_rows(lines, skipped))
+  except (FileNotFoundError, NotADirectoryError):
+    if not path.is_dir():
+      raise ValueError(
+        f'{path}: no such folder; give the --workdir of a run'
+      ) from None
     raise ValueError(
       f'{path} has no metrics.jsonl; give the --workdir of a run that has begun'
-    )
-  rows = _read_rows(metrics)
+    ) from None
   train, evaluation = _columns(rows, 'loss'), _columns(rows, 'eval_loss')
   if not train and not evaluation:
-    raise ValueError(f'{metrics} has no row with a loss or eval_loss yet')
-  config = _read_object(path / 'config.json')
-  summary = _read_summary(path / 'summary.json')
+    broken = f' ({len(skipped)} broken lines)' if skipped else ''
+    raise ValueError(f'{metrics} has no row with a loss or eval_loss{broken}')
+  config = _object(path / 'config.json', skipped)
+  info, summary = (
+    _object(path / name, skipped, _NUMBERS)
+    for name in ('info.json', 'summary.json')
+  )
   derived = _derive(train, evaluation, config)
-  if summary.get('steps') is None or summary['steps'] < derived['steps']:
-    summary |= {k: v for k, v in derived.items() if v is not None}
-  return Run(path, train, evaluation, config, summary)
+  if (summary.get('steps') or 0) < derived['steps']:
+    known = info | summary | derived
+  else:
+    known = derived | info | summary
+  return Run(path, train, evaluation, config, known, tuple(skipped))
 
 
 def names(runs: Sequence[Run]) -> list[str]:
@@ -116,27 +143,29 @@ def names(runs: Sequence[Run]) -> list[str]:
   return short
 
 
-def _read_rows(path: pathlib.Path) -> list[dict[str, float]]:
-  lines = path.read_bytes().splitlines()
-  rows = []
-  for i, line in enumerate(lines):
+def _rows(
+  lines: Iterable[bytes], skipped: list[str]
+) -> Iterable[dict[str, float]]:
+  """The rows of metrics.jsonl; tells `skipped` of lines that are none."""
+  for number, line in enumerate(lines, 1):
     try:
-      row = json.loads(line)
-    except ValueError:
-      if i == len(lines) - 1:
-        break
-      raise _broken(path, i, f'not JSON: {line[:60]!r}') from None
-    if not isinstance(row, dict) or 'step' not in row:
-      raise _broken(path, i, f'not an object with a step: {line[:60]!r}')
-    try:
-      rows.append(_floats(row))
+      yield _row(line)
     except ValueError as error:
-      raise _broken(path, i, str(error)) from None
-  return rows
+      if line.endswith(b'\n'):  # else it is being written
+        skipped.append(f'metrics.jsonl, line {number}: {error}')
 
 
-def _broken(path, i, why):
-  return ValueError(f'{path}, line {i + 1}: {why}; mend or remove the line')
+def _row(line: bytes) -> dict[str, float]:
+  try:
+    row = json.loads(line)
+  except (ValueError, RecursionError):
+    raise ValueError(f'not JSON: {line.strip()[:60]!r}') from None
+  if not isinstance(row, dict) or row.get('step') is None:
+    raise ValueError(f'not an object with a step: {line.strip()[:60]!r}')
+  row = _floats(row)
+  if not math.isfinite(row['step']):
+    raise ValueError(f'step is {row["step"]}, not a number of steps')
+  return row
 
 
 def _floats(values: Mapping[str, Any]) -> dict[str, float]:
@@ -146,7 +175,7 @@ def _floats(values: Mapping[str, Any]) -> dict[str, float]:
     try:
       if value is not None:
         result[key] = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
       raise ValueError(f'{key} is {value!r}, not a number') from None
   return result
 
@@ -160,28 +189,24 @@ def _columns(
   return {k: np.array([row.get(k, math.nan) for row in rows]) for k in keys}
 
 
-def _read_object(path: pathlib.Path) -> dict[str, Any]:
-  if not path.exists():
-    return {}
+def _object(
+  path: pathlib.Path, skipped: list[str], numbers: Sequence[str] = ()
+) -> dict[str, Any]:
+  """A file of facts; empty, as `skipped` is told, if it is broken."""
   try:
     value = json.loads(path.read_bytes())
-  except ValueError as error:
-    raise ValueError(f'{path} is not JSON: {error}') from None
-  if not isinstance(value, dict):
-    raise ValueError(f'{path} is not a JSON object')
-  return value
-
-
-def _read_summary(path: pathlib.Path) -> dict[str, Any]:
-  summary = _read_object(path)
-  try:
-    return summary | _floats({key: summary.get(key) for key in _NUMBERS})
-  except ValueError as error:
-    raise ValueError(f'{path}: {error}') from None
+    if not isinstance(value, dict):
+      raise ValueError('not a JSON object')
+    return value | _floats({k: value[k] for k in numbers if k in value})
+  except FileNotFoundError:
+    return {}
+  except (ValueError, RecursionError) as error:
+    skipped.append(f'{path.name}: {error}')
+    return {}
 
 
 def _derive(train, evaluation, config) -> dict[str, Any]:
-  """What the rows tell of the run, None where they do not."""
+  """What the rows tell of the run, without what they do not."""
 
   def last(key):
     return float(evaluation[key][-1]) if key in evaluation else None
@@ -197,14 +222,21 @@ def _derive(train, evaluation, config) -> dict[str, Any]:
     values = values[np.isfinite(values)]
     return float(np.median(values)) if values.size else None
 
+  def recent(loss):
+    with np.errstate(invalid='ignore'):  # of infinities
+      return float(np.mean(loss[-(len(loss) // 50 + 1) :]))
+
   optimizer = config.get('optimizer')
-  return {
+  found = {
     'steps': most('step'),
     'tokens': most('tokens'),
     'seconds': most('seconds'),
+    'train_loss': recent(train['loss']) if train else None,
     'eval_loss': last('eval_loss'),
     'bits_per_byte': last('bits_per_byte'),
     'tokens_per_second': median('tokens_per_second'),
     'step_seconds': median('step_seconds'),
+    'mfu': median('mfu'),
     'optimizer': optimizer.get('name') if isinstance(optimizer, dict) else None,
   }
+  return {key: value for key, value in found.items() if value is not None}

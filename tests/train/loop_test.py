@@ -49,6 +49,8 @@ def test_a_run_writes_what_it_promises(make_config, tmp_path, capsys):
   assert 480 <= round(n_bytes) < 500
   assert summary['optimizer_state_bytes'] < summary['adam_state_bytes']
   assert json.loads((tmp_path / 'config.json').read_text())['steps'] == 6
+  info = json.loads((tmp_path / 'info.json').read_text())
+  assert info.items() <= summary.items() and 'optimizer_state_bytes' in info
   assert any((tmp_path / 'tensorboard').iterdir())
   printed = capsys.readouterr().out
   assert "run 'x y' --config.steps=12" in printed

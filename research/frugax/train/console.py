@@ -49,7 +49,7 @@ def announce(
   done: int,
   saved_config: Mapping[str, Any] | None,
 ) -> None:
-  """Prints what is about to run and saves the resolved config (process 0).
+  """Prints what is about to run and saves that and the config (process 0).
 
   Of several processes each prints which one it is.
   """
@@ -61,6 +61,8 @@ def announce(
   path = os.path.join(workdir, 'config.json')
   with open(path, 'w', encoding='utf-8') as f:
     f.write(fx_config.to_json(config))
+  # For those who read the run before it has a summary.
+  _write_json(os.path.join(workdir, 'info.json'), info)
   slots = config.batch_size * config.data.sequence_length
   print(
     f'model      llama {config.model.size}, {info["parameters"]:,} parameters'
@@ -147,9 +149,7 @@ def summarise(
   )
   if jax.process_index():
     return
-  with open(os.path.join(workdir, 'summary.json'), 'w', encoding='utf-8') as f:
-    json.dump(summary, f, indent=2, sort_keys=True)
-    f.write('\n')
+  _write_json(os.path.join(workdir, 'summary.json'), summary)
   bpb = summary['bits_per_byte']
   print()
   print(
@@ -177,6 +177,12 @@ def _code_line(info) -> str:
   return (
     f'{commit[:12] if info["commit"] else commit}{changed}, jax {info["jax"]}'
   )
+
+
+def _write_json(path: str, values: Mapping[str, Any]) -> None:
+  with open(path, 'w', encoding='utf-8') as f:
+    json.dump(values, f, indent=2, sort_keys=True)
+    f.write('\n')
 
 
 def _state_line(info) -> str:

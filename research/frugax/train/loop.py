@@ -43,8 +43,8 @@ def train(
 
   Args:
     config: the run's ConfigDict (configs/llama.py shows every field).
-    workdir: gets config.json, metrics.jsonl, tensorboard/, checkpoints/ and,
-      when all steps are done, summary.json.
+    workdir: gets config.json, info.json, metrics.jsonl, tensorboard/,
+      checkpoints/ and, when all steps are done, summary.json.
     command: the command line that started the run, to be printed for resuming.
     devices: the devices of the mesh; default all.
 

@@ -27,6 +27,7 @@ from frugax.optim.limits import limit_norm_growth
 from frugax.optim.lisa import SampleLayersState, lisa, sample_layers
 from frugax.optim.low_rank import LowRankState, low_rank
 from frugax.optim.moments import Moments
+from frugax.optim.overlap import subspace_overlap
 from frugax.optim.projection import Projector, from_basis
 from frugax.optim.q_galore import q_galore
 from frugax.optim.quantized import QuantizeState, quantize_state
@@ -111,6 +112,7 @@ __all__ = [
   'state_shardings',
   'step_and_decay',
   'subspace_momentum',
+  'subspace_overlap',
   'weight_normalized',
   'wsd_schedule',
 ]

@@ -284,7 +284,7 @@ def test_a_job_trains_is_cancelled_and_resumes(cluster, tmp_path):
     capture_output=True,
   )
   log = tmp_path / 'job.log'
-  last = 150
+  last = 100
 
   def submit(*options):
     done = subprocess.run(

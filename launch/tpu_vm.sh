@@ -248,13 +248,13 @@ verdict() {
     *cancelled*) echo cancelled ;;
     *lost*) echo lost ;;
     *)
-      # The cause: a trainer's own status, below 126, rather than that of hosts
-      # which its end took with it.
+      # The cause: a host that was killed, rather than those that then could not
+      # go on; a trainer's own failure, below 126, is the same on all.
       printf '%s\n' "$lines" | sort | awk -v stopped="$STOPPED" '
         $2 == 0 { done = 1 }
         $2 && $2 < 126 { own = $2 }
         $2 >= 126 && $2 != stopped { killed = $2 }
-        END { print own ? own : killed ? killed : done ? 0 : stopped }'
+        END { print killed ? killed : own ? own : done ? 0 : stopped }'
       ;;
   esac
 }

@@ -102,9 +102,13 @@ def test_installs_with_the_constraints(launcher):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('status', [1, 2, 134])
-def test_a_failed_run_gives_its_status_and_the_tpu_back(launcher, status):
-  (launcher.folder / 'steps').write_text(str(status))
+@pytest.mark.parametrize(
+  ('hosts', 'status'),
+  [('1 1', 1), ('2 2', 2), ('1 137', 137), ('134 1', 134), ('0 143', 0)],
+)
+def test_a_run_gives_its_status_and_the_tpu_back(launcher, hosts, status):
+  """Where one host was killed, the others end with 1: they have lost it."""
+  (launcher.folder / 'steps').write_text(hosts)
   done = launcher.run('tpu_vm.sh', 'all', *RUN)
   assert done.returncode == status
   assert launcher.calls('gcloud')[-1][4] == 'delete'

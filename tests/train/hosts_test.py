@@ -133,7 +133,8 @@ def test_a_lost_process_ends_the_others(victim, command_line, tmp_path):
   begin = time.monotonic()
   codes = [p.wait(timeout=2 * processes.HEARTBEAT + 30) for p in started]
   assert time.monotonic() - begin < processes.HEARTBEAT + 30
-  assert all(codes) and codes[victim] == -signal.SIGKILL
+  assert codes.pop(victim) == -signal.SIGKILL
+  assert {abs(code) for code in codes} <= {134, signal.SIGABRT}, codes
   for i, text in enumerate(texts(tmp_path / 'log')):
     # JAX ends a process that has lost its coordinator, and says so itself.
     if i != victim:

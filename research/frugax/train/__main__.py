@@ -10,7 +10,10 @@ from frugax.train import loop, processes
 
 
 def main(argv: list[str]) -> int:
-  """Trains; returns the exit status: 1 a failed run, 2 a bad config."""
+  """Trains; returns the exit status.
+
+  1 is a failed run, 2 a bad config, 134 a process that lost another one.
+  """
   logging.set_verbosity(logging.FATAL)  # what Orbax and TFDS tell, we do
   try:
     config, args = fx_config.parse_command_line(argv, 'python -m frugax.train')
@@ -18,7 +21,7 @@ def main(argv: list[str]) -> int:
     loop.train(config, args.workdir, command=_command(argv))
   except loop.CannotGoOn as e:
     print(f'error: {e}', file=sys.stderr)
-    return 1
+    return e.status
   except ValueError as e:
     if not fx_config.is_ours(e):
       raise

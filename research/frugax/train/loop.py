@@ -27,6 +27,14 @@ from frugax.train.signals import StopSignal
 class CannotGoOn(RuntimeError):
   """A run that had to stop; the message says why, and how to go on."""
 
+  status = 1  # that the process exits with
+
+
+class LostProcess(CannotGoOn):
+  """One of several; launchers start all of them again."""
+
+  status = 134  # JAX's own, where it ends a process that lost the coordinator
+
 
 class NonFiniteLoss(CannotGoOn):
   """The loss stopped being a number."""
@@ -56,8 +64,8 @@ def train(
     ValueError: a config that cannot run, found before anything is compiled.
     NonFiniteLoss: the loss, gradient or update was not finite. Nothing of that
       step is saved.
-    CannotGoOn: the disk is full, or another process was lost. What was saved
-      before is whole.
+    CannotGoOn: the disk is full, or (LostProcess) another process was lost.
+      What was saved before is whole.
   """
   workdir, resume = os.fspath(workdir), shlex.join(command)
   try:
@@ -70,7 +78,7 @@ def train(
   except jax.errors.JaxRuntimeError as e:
     if jax.process_count() == 1:
       raise
-    raise CannotGoOn(processes.lost(e, resume)) from e
+    raise LostProcess(processes.lost(e, resume)) from e
 
 
 def _train(config, workdir, stop, resume, devices):

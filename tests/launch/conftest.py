@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 
@@ -47,11 +48,13 @@ class Launcher:
     script = ROOT / 'tests' / 'launch' / 'fake.py'
     for name in PROGRAMS:
       program = folder / 'bin' / name
-      program.write_text(
-        f'#!{sys.executable}\nimport runpy, sys\n'
-        f'sys.exit(runpy.run_path({str(script)!r})["main"]'
-        '(__file__, sys.argv[1:]))\n'
+      call = (
+        f'import runpy, sys; sys.exit(runpy.run_path({str(script)!r})["main"]'
+        f'({str(program)!r}, sys.argv[1:]))'
       )
+      # A path with a space cannot be in the first line itself.
+      python = shlex.join([sys.executable, '-c', call])
+      program.write_text(f'#!/bin/sh\nexec {python} "$@"\n')
       program.chmod(0o755)
     path = f'{folder / "bin"}{os.pathsep}{os.environ["PATH"]}'
     keep = ('LANG', 'LC_ALL', 'TMPDIR')

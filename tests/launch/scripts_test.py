@@ -21,7 +21,7 @@ LAUNCHERS = [s for s in SCRIPTS if s not in HELPERS]
 def lib(expression):
   """What bash prints, with the functions of launch/lib.sh."""
   return subprocess.run(
-    ['bash', '-c', f'set -eu; . {ROOT}/launch/lib.sh; {expression}'],
+    ['bash', '-c', f'set -eu; . "$0"/launch/lib.sh; {expression}', str(ROOT)],
     capture_output=True,
     text=True,
     check=False,

@@ -231,8 +231,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   parser.add_argument('--workdir', required=True, help='of all points together')
   parser.add_argument(
     '--launcher',
-    default=str(_ROOT / 'launch' / 'local.sh'),
-    help='what starts a run, with its step if it has any',
+    default=shlex.quote(str(_ROOT / 'launch' / 'local.sh')),
+    help='what starts a run, with its step if it has any, as a shell reads it',
   )
   parser.add_argument(
     '--jobs', type=int, default=1, help='how many points to run at once'

@@ -3,6 +3,7 @@
 import doctest
 import importlib.util
 import json
+import shlex
 import subprocess
 import sys
 
@@ -112,13 +113,14 @@ def sweep():
 
 def test_through_another_launcher(launcher):
   options = ('--', '--topology=v5e:2x2', '--zone=us-west4-a')
-  script = f'{ROOT / "launch" / "tpu_vm.sh"} up'
-  done = run(launcher, 'print', THREE, f'--launcher={script}', *options)
+  script = [str(ROOT / 'launch' / 'tpu_vm.sh'), 'up']
+  through = f'--launcher={shlex.join(script)}'
+  done = run(launcher, 'print', THREE, through, *options)
   for line in done.stdout.splitlines():
     argv = words(line)
-    assert argv[:4] == [*script.split(), *options[1:]]
-  slurm = f'--launcher={ROOT / "launch" / "slurm.sbatch"}'
-  done = run(launcher, 'run', THREE, slurm, '--', '--nodes=2')
+    assert argv[:4] == [*script, *options[1:]]
+  slurm = shlex.quote(str(ROOT / 'launch' / 'slurm.sbatch'))
+  done = run(launcher, 'run', THREE, f'--launcher={slurm}', '--', '--nodes=2')
   assert done.returncode == 0, done.stderr
   submitted = launcher.calls('sbatch')
   assert len(submitted) == 3

@@ -64,10 +64,7 @@ def run(name, dtype):
     # The mean over its last steps has less of the noise of each.
     return state, jnp.sqrt(jnp.mean(jnp.square(updates[-100:])))
 
-  # Four thousand steps: here the fastest code pays.
-  @functools.partial(
-    jax.jit, compiler_options={'xla_backend_optimization_level': 3}
-  )
+  @jax.jit
   def both(state):
     keys = jax.random.split(jax.random.key(0), LOUD + QUIET)
     loud, _ = stretch(state, 1.0, keys[:LOUD])

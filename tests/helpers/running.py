@@ -11,7 +11,6 @@ import sys
 import time
 
 import pytest
-import slow_network
 
 EXACT = ('loss', 'grad_norm', 'update_norm', 'param_norm', 'learning_rate')
 
@@ -43,19 +42,21 @@ def start(argv, n_devices, log, more=(), within=list):
   )
 
 
-def start_together(argvs, n_devices, logs, network=None):
+def start_together(
+  argvs, n_devices, logs, host='localhost', within=lambda i, argv: argv
+):
   """A run in several processes.
 
   Args:
     argvs: of each.
     n_devices: that each has.
     logs: a folder; process i writes to logs / str(i).
-    network: a `slow_network.Network` between them; default loopback.
+    host: the address of the first.
+    within: (i, command line) -> the one that is run.
   """
   with socket.socket() as s:
     s.bind(('localhost', 0))
     port = s.getsockname()[1]
-  host = slow_network.address(0) if network else 'localhost'
   processes = []
   logs.mkdir(parents=True)
   for i, argv in enumerate(argvs):
@@ -65,8 +66,8 @@ def start_together(argvs, n_devices, logs, network=None):
       'JAX_PROCESS_ID': str(i),
     }
     with open(logs / str(i), 'w', encoding='utf-8') as log:
-      within = functools.partial(network.command, i) if network else list
-      processes.append(start(argv, n_devices, log, join, within))
+      own = functools.partial(within, i)
+      processes.append(start(argv, n_devices, log, join, own))
   return processes
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -322,12 +323,16 @@ def test_an_unknown_step(launcher):
 WRONG = ['gcloud', 'compute', 'tpus', 'tpu-vm', 'create', 'a', '--nonsense=1']
 
 
+GCLOUD = shutil.which('gcloud')
+needs_gcloud = pytest.mark.skipif(not GCLOUD, reason='no gcloud here')
+
+
 def _refusal(argv, folder):
   """What gcloud says of its arguments; '' if it got as far as to log in."""
   done = subprocess.run(
-    argv,
+    [GCLOUD, *argv[1:]],
     env={
-      'PATH': '/usr/bin:/bin',
+      'PATH': os.environ['PATH'],
       'CLOUDSDK_CONFIG': str(folder),
       'CLOUDSDK_CORE_PROJECT': 'my-project',
       # Nor may a machine in Google's cloud lend it an account.
@@ -346,9 +351,7 @@ def _refusal(argv, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-  not shutil.which('gcloud', path='/usr/bin:/bin'), reason='no gcloud here'
-)
+@needs_gcloud
 @pytest.mark.parametrize('options', [('--spot',), ('--spot', '--queue')])
 def test_gcloud_takes_every_command(launcher, options):
   arguments = ('all', *RUN, *options, *AWKWARD, '--labels=team=a,run=b')
@@ -363,9 +366,7 @@ def test_gcloud_takes_every_command(launcher, options):
   assert 'unrecognized arguments' in _refusal(WRONG, launcher.folder)
 
 
-@pytest.mark.skipif(
-  not shutil.which('gcloud', path='/usr/bin:/bin'), reason='no gcloud here'
-)
+@needs_gcloud
 def test_gcloud_takes_the_command_that_creates(launcher):
   planned = launcher.dry_run('tpu_vm.sh', 'up', *RUN, '--spot')
   assert _refusal(planned[0], launcher.folder) == ''

@@ -20,12 +20,12 @@ _ADAMW = 'size=tiny,opt=adamw'
 
 
 def _together(
-  command_line, folder, n, arguments=_ADAMW, network=None, **overrides
+  command_line, folder, n, arguments=_ADAMW, around=None, **overrides
 ):
   """A whole run of four devices in n processes: what each told."""
   logs = folder.with_name(f'{folder.name} log')
   argv = command_line(folder, arguments, **overrides)
-  started = start_together([argv] * n, 4 // n, logs, network)
+  started = start_together([argv] * n, 4 // n, logs, **(around or {}))
   codes = [p.wait(timeout=300) for p in started]
   assert codes == [0] * n, texts(logs)
   return texts(logs)
@@ -94,7 +94,8 @@ def test_a_slow_network_changes_nothing(
   loop.train(
     make_config(_ADAMW, **same), tmp_path / 'one', devices=jax.devices()[:4]
   )
-  _together(command_line, tmp_path / 'far', 4, network=network, **same)
+  around = {'host': slow_network.address(0), 'within': network.command}
+  _together(command_line, tmp_path / 'far', 4, around=around, **same)
   _assert_close(rows(tmp_path / 'far'), rows(tmp_path / 'one'))
   assert network.packets > 1000  # that is the way they took
 
@@ -168,6 +169,25 @@ def test_processes_that_differ_stop(change, message, command_line, tmp_path):
     assert f'error: {message}' in text
     assert 'Give all the same command' in text
   assert not (tmp_path / 'run').exists()
+
+
+def test_one_that_fails_by_itself_ends_the_others(
+  command_line, data_dir, tmp_path
+):
+  """Here for a data set that only one host has."""
+  argv = command_line(
+    tmp_path / 'run', _ADAMW, mesh='fsdp=4', data__data_dir='.'
+  )
+
+  def within(i, argv):
+    return ['env', f'--chdir={tmp_path if i else data_dir}', *argv]
+
+  begin = time.monotonic()
+  started = start_together([argv] * 2, 2, tmp_path / 'log', within=within)
+  codes = [p.wait(timeout=processes.HEARTBEAT + 100) for p in started]
+  assert time.monotonic() - begin < processes.HEARTBEAT + 60
+  assert codes[1] == 2 and abs(codes[0]) in (134, signal.SIGABRT), codes
+  assert "error: data set 'words' is neither" in texts(tmp_path / 'log')[1]
 
 
 def test_code_that_differs_is_named(monkeypatch, make_config):

@@ -39,4 +39,4 @@ def _command(argv):
 
 
 if __name__ == '__main__':
-  processes.leave(main(sys.argv[1:]))
+  processes.run(main, sys.argv[1:])

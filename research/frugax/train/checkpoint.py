@@ -243,7 +243,7 @@ class Checkpoints:
     """Errors of writing as `NotSaved`."""
     try:
       yield
-    except Exception as e:  # Orbax and TensorStore have no type of their own
+    except (OSError, ValueError) as e:  # TensorStore's are ValueErrors
       kept = [s for s in self._manager.all_steps() if s != self._writing]
       last = f'step {max(kept)} is the last one' if kept else 'there is none'
       raise NotSaved(
@@ -256,7 +256,9 @@ def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
   """What `read` returns, and what went wrong: '' if it did on no process."""
   try:
     value, problem = read(), ''
-  # Libraries raise anything, Exception itself included, over a damaged file.
+  except jax.errors.JaxRuntimeError:  # devices, other processes: not the file
+    raise
+  # Over a damaged file Orbax raises Exception itself, among others.
   except Exception as e:
     value, problem = None, _first_line(e)
   found = processes.gather(problem.encode())

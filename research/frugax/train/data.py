@@ -405,11 +405,7 @@ def _stream(dealer: streams_lib.Dealer, index: int):
       dealer.close()
       super().close()
 
-  class Stream(grain.IterDataset):
-    def __iter__(self):
-      return Documents()
-
-  return Stream()
+  return _dataset(Documents)
 
 
 def _joined(of_streams, own, rows: range, size: int, dealer):
@@ -447,11 +443,18 @@ def _joined(of_streams, own, rows: range, size: int, dealer):
         stream.close()
       super().close()
 
-  class Batched(grain.IterDataset):
-    def __iter__(self):
-      return Joined()
+  return _dataset(Joined)
 
-  return Batched()
+
+def _dataset(iterator):
+  """The data set whose iterators are these."""
+  import grain
+
+  class Dataset(grain.IterDataset):
+    def __iter__(self):
+      return iterator()
+
+  return Dataset()
 
 
 def _next_document(state: Any) -> int | None:

@@ -138,7 +138,8 @@ def documents(name: str, data_dir: str, split: str, text_field: str):
       for part in (known.values() if known else ())
       for file in part.filepaths
     ]
-    source = _Source(source, name, split, files)
+    what = f'split {split!r} of data set {name!r}'
+    source = _Source(source, what, text_field, files)
     example = source[0]
   text = example.get(text_field)
   if not isinstance(text, str | bytes):
@@ -153,9 +154,9 @@ def documents(name: str, data_dir: str, split: str, text_field: str):
 class _Source:
   """A TFDS source that says what is wrong when a file is damaged."""
 
-  def __init__(self, source, name: str, split: str, files: Sequence[str]):
+  def __init__(self, source, what: str, text_field: str, files: Sequence[str]):
     self._source, self._files = source, files
-    self._what = f'split {split!r} of data set {name!r}'
+    self._what, self._text_field = what, text_field
 
   def __len__(self) -> int:
     return len(self._source)
@@ -165,11 +166,10 @@ class _Source:
       raise IndexError(f'document {index} of the {len(self)} of {self._what}')
     try:
       example = self._source[index]
-    # A reader raises anything over a file that was overwritten.
-    except Exception as e:
+    except RuntimeError as e:  # array_record's, over a file of other bytes
       raise self._damaged(index, str(e)) from e
-    # Of one that was cut off it gives records of nothing.
-    if any(value is None for value in example.values()):
+    # Of a file that was cut off it gives records of nothing.
+    if example.get(self._text_field, '') is None:
       raise self._damaged(index, 'an empty record')
     return example
 

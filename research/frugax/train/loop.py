@@ -76,7 +76,7 @@ def train(
       raise
     raise CannotGoOn(console.not_written(e, workdir, resume)) from e
   except jax.errors.JaxRuntimeError as e:
-    if jax.process_count() == 1:
+    if not processes.may_be_lost(e):
       raise
     raise LostProcess(processes.lost(e, resume)) from e
 

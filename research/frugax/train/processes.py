@@ -7,7 +7,8 @@ import pathlib
 import platform
 import sys
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -23,7 +24,8 @@ _COUNTS = ('JAX_NUM_PROCESSES', 'SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
 # Seconds after which the others give up a process that gives no sign of life.
 HEARTBEAT = 60
 
-_joined = False  # asking JAX would start its devices
+# How errors begin that a process has by itself.
+_OWN = ('RESOURCE_EXHAUSTED', 'INVALID_ARGUMENT', 'UNIMPLEMENTED')
 
 
 def several(environ: Mapping[str, str] = os.environ) -> bool:
@@ -56,8 +58,6 @@ def join() -> None:
     by_hand['num_processes'] = int(os.environ['JAX_NUM_PROCESSES'])
     by_hand['process_id'] = int(os.environ['JAX_PROCESS_ID'])
   jax.distributed.initialize(**by_hand, heartbeat_timeout_seconds=HEARTBEAT)
-  global _joined
-  _joined = True
 
 
 def describe() -> str:
@@ -124,6 +124,16 @@ def agree(config) -> None:
       )
 
 
+def may_be_lost(error: jax.errors.JaxRuntimeError) -> bool:
+  """Whether an error may be that another process is gone.
+
+  Examples:
+    >>> may_be_lost(jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: memory'))
+    False
+  """
+  return jax.process_count() > 1 and not str(error).startswith(_OWN)
+
+
 def lost(error: BaseException, resume: str) -> str:
   """What to tell of an error that the loss of another process may have made."""
   first = str(error).strip().split('\n')[0]
@@ -134,16 +144,21 @@ def lost(error: BaseException, resume: str) -> str:
   )
 
 
-def leave(status: int) -> NoReturn:
-  """Ends this process; after a failure at once.
+def run(main: Callable[[list[str]], int], argv: list[str]) -> NoReturn:
+  """Calls `main` and ends this process with its status; after a failure at once.
 
   JAX would wait for the other processes, who may not come to an end, up to
   minutes, and libraries tell of each thread that was cut off.
   """
+  try:
+    status = main(argv)
+  except Exception:  # as Python does, but for the wait
+    traceback.print_exc()
+    status = 1
   if status:
     sys.stdout.flush()
     sys.stderr.flush()
-    if _joined and jax.process_index() == 0:
+    if jax.distributed.is_initialized() and jax.process_index() == 0:
       time.sleep(2)  # with the coordinator gone JAX ends the others
     os._exit(status)
   sys.exit(status)

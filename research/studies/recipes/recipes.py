@@ -5,7 +5,7 @@
 
 LLaMA `tiny` (1.2 M parameters, bytes) on the standard library's source: bf16
 and 34 recipes, one or more of each family of `frugax.lowbit.recipe`, with AdamW
-and with Stable-SPAM, three seeds, runs of 200 steps: under an hour on two CPU
+and with Stable-SPAM, three seeds, runs of 200 steps: about an hour on two CPU
 cores. recipes.log: seeds differ by as much as most recipes cost, so that at
 this size not one link of an order is decided. Not run by us yet: --size=10m and
 --size=60m, on one GPU with --jobs=1. Interrupted, the same command goes on;

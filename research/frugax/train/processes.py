@@ -145,7 +145,7 @@ def lost(error: BaseException, resume: str) -> str:
 
 
 def run(main: Callable[[list[str]], int], argv: list[str]) -> NoReturn:
-  """Calls `main` and ends this process with its status; after a failure at once.
+  """Calls `main` and ends this process with its status; after failures at once.
 
   JAX would wait for the other processes, who may not come to an end, up to
   minutes, and libraries tell of each thread that was cut off.

@@ -4,9 +4,12 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 _ROOT = pathlib.Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_benchmark_checks_every_kernel_and_prints_its_table():
   script = _ROOT / 'research' / 'studies' / 'bench_gpu.py'
   done = subprocess.run(

@@ -435,7 +435,9 @@ def _at(operand, factor):
   return dataclasses.replace(operand, scaling=scaling)
 
 
-@pytest.mark.parametrize('recipe', ['int4', 'quest4'])
+@pytest.mark.parametrize(
+  'recipe', [pytest.param('int4', marks=pytest.mark.slow), 'quest4']
+)
 def test_the_codes_of_weights_are_gathered(recipe, monkeypatch):
   """Packed, where the product of the backward pass rounds them again, too."""
   seen = []

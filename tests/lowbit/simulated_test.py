@@ -82,7 +82,7 @@ def of(name, **overrides):
 @pytest.mark.parametrize(
   ('name', 'remat'),
   [
-    ('fp4_sim', 'none'),
+    pytest.param('fp4_sim', 'none', marks=pytest.mark.slow),
     ('int4_sim', 'full'),
     ('quest4', 'linears'),
   ],

@@ -50,17 +50,10 @@ def _assert_close(got, want):
       np.testing.assert_allclose(got[n][key], want[n][key], rtol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('n', [2, 4])
 @pytest.mark.parametrize(
-  ('mesh', 'n'),
-  [
-    ('data=2,fsdp=2', 2),
-    *(
-      pytest.param(mesh, n, marks=pytest.mark.slow)
-      for mesh in ('data=4', 'data=2,fsdp=2', 'fsdp=4', 'tensor=4')
-      for n in (2, 4)
-      if (mesh, n) != ('data=2,fsdp=2', 2)
-    ),
-  ],
+  'mesh', ['data=4', 'data=2,fsdp=2', 'fsdp=4', 'tensor=4']
 )
 def test_processes_equal_one(mesh, n, make_config, command_line, tmp_path):
   one = loop.train(

@@ -167,16 +167,13 @@ def test_bfloat16_weights_are_rounded_by_the_same_random_bits(config):
   assert max(differ) < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('devices', 'options'),
   [
     (1, {'accumulation': 2}),
-    pytest.param(1, {'layerwise__clip': 'layer'}, marks=pytest.mark.slow),
-    pytest.param(
-      8,
-      {'mesh': 'fsdp=2,tensor=4', 'accumulation': 4},
-      marks=pytest.mark.slow,
-    ),
+    (1, {'layerwise__clip': 'layer'}),
+    (8, {'mesh': 'fsdp=2,tensor=4', 'accumulation': 4}),
   ],
   ids=['micro-batches', 'one', 'sharded'],
 )

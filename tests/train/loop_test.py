@@ -70,12 +70,15 @@ def test_a_run_writes_what_it_promises(make_config, tmp_path, capsys):
       {'accumulation': 4},
       marks=pytest.mark.slow,
     ),
-    (
-      'size=tiny,opt=adamw,matmul=bf16',
-      'data=2,fsdp=4',
+    pytest.param(
+      *('size=tiny,opt=adamw,matmul=bf16', 'data=2,fsdp=4'),
       {'model__param_dtype': 'bfloat16', 'data__num_workers': 1},
+      marks=pytest.mark.slow,
     ),
-    ('size=tiny,opt=adafactor', 'data=1', {'data__mode': 'c4_protocol'}),
+    pytest.param(
+      *('size=tiny,opt=adafactor', 'data=1', {'data__mode': 'c4_protocol'}),
+      marks=pytest.mark.slow,
+    ),
   ],
   ids=str,
 )

@@ -61,30 +61,45 @@ def _batch(config):
   }
 
 
-def compare(arguments: str, pairs: int) -> tuple[np.ndarray, np.ndarray]:
-  """Seconds of `pairs` alternating steps of ours and of the one by hand."""
-  config = fx_config.load(f'{_CONFIG}:{arguments}')
-  program = step.build(config, jax.devices()[:1])
-  batch = program.put(_batch(config))
-  ours = program.init(jax.random.PRNGKey(0))
-  hand = jax.tree.map(jnp.copy, (ours.params, ours.opt_state))
-  runs = [
-    [program.train_step, ours],
-    [by_hand(program.model, program.tx), hand],
-  ]
+def alternate(runs: list[list], pairs: int) -> np.ndarray:
+  """Seconds of steps that are taken in turns, in an order drawn each time.
+
+  Args:
+    runs: [step, state, batch] each; they end with other states.
+    pairs: how many steps of each.
+
+  Returns:
+    (pairs, runs)
+  """
 
   def timed(run):
     start = time.perf_counter()
-    run[1], _ = jax.block_until_ready(run[0](run[1], batch))
+    run[1], _ = jax.block_until_ready(run[0](run[1], run[2]))
     return time.perf_counter() - start
 
   for run in runs * 3:  # compile, and warm up
     timed(run)
-  seconds = np.zeros((pairs, 2))
+  seconds = np.zeros((pairs, len(runs)))
   order = np.random.default_rng(0)
   for i in range(pairs):
-    for j in order.permutation(2):
+    for j in order.permutation(len(runs)):
       seconds[i, j] = timed(runs[j])
+  return seconds
+
+
+def ready(config) -> tuple[step.Program, list]:
+  """The program of a config, and what `alternate` takes of it."""
+  program = step.build(config, jax.devices()[:1])
+  state = program.init(jax.random.PRNGKey(0))
+  return program, [program.train_step, state, program.put(_batch(config))]
+
+
+def compare(arguments: str, pairs: int) -> tuple[np.ndarray, np.ndarray]:
+  """Seconds of `pairs` alternating steps of ours and of the one by hand."""
+  program, ours = ready(fx_config.load(f'{_CONFIG}:{arguments}'))
+  state = jax.tree.map(jnp.copy, (ours[1].params, ours[1].opt_state))
+  hand = [by_hand(program.model, program.tx), state, ours[2]]
+  seconds = alternate([ours, hand], pairs)
   return seconds[:, 0], seconds[:, 1]
 
 

@@ -57,10 +57,17 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-  """Runs under one folder, `jobs` at a time, each on its own cores."""
+  """Runs under one folder, `jobs` at a time, each on its own cores.
+
+  Attributes:
+    workdir: has a folder for each run.
+    jobs: runs at a time.
+    compiled: whether what was compiled before is used again.
+  """
 
   workdir: pathlib.Path
   jobs: int = 1
+  compiled: bool = True
 
   def train(self, runs: Iterable[Run]) -> Iterator[report.Run]:
     """Trains those that are not done.
@@ -105,6 +112,11 @@ class Sweep:
     cores = sorted(os.sched_getaffinity(0))
     return [set(cores[i :: self.jobs]) or None for i in range(self.jobs)]
 
+  def _environment(self):
+    if self.compiled:
+      return None  # this process's
+    return {**os.environ, 'JAX_ENABLE_COMPILATION_CACHE': 'false'}
+
   def _train(self, run):
     folder = self.workdir / run.name
     log = folder / 'log.txt'
@@ -112,7 +124,10 @@ class Sweep:
       folder.mkdir(parents=True, exist_ok=True)
       with log.open('w') as out:
         code = subprocess.run(
-          run.command(self.workdir), stdout=out, stderr=subprocess.STDOUT
+          run.command(self.workdir),
+          stdout=out,
+          stderr=subprocess.STDOUT,
+          env=self._environment(),
         ).returncode
       if code and not _diverged(log):
         raise SystemExit(
@@ -144,6 +159,18 @@ class Result:
   eval_step: list[float]
   eval_loss: list[float]
 
+  @classmethod
+  def of_run(cls, run: report.Run) -> 'Result':
+    """What is kept of a run that is done."""
+    steps = run.eval.get('step', np.zeros(0))
+    losses = run.eval.get('eval_loss', np.zeros(0))
+    finite = np.isfinite(losses)
+    return cls(
+      origin([run]),
+      steps[finite].tolist(),
+      [round(loss, 5) for loss in losses[finite].tolist()],
+    )
+
 
 Key = tuple[str | float, ...]
 
@@ -156,6 +183,7 @@ class Results:
     fields: what a key consists of.
     run: the run of a key.
     sweep: what trains them.
+    kind: what is kept of each, a dataclass with `of_run`.
   """
 
   def __init__(
@@ -164,13 +192,14 @@ class Results:
     fields: Sequence[str],
     run: Callable[[Key], Run],
     sweep: Sweep,
+    kind: type[Result] = Result,
   ):
     self._path, self._fields = path, fields
-    self._run, self._sweep = run, sweep
+    self._run, self._sweep, self._kind = run, sweep, kind
     self.of: dict[Key, Result] = {}
     for row in json.loads(path.read_text()) if path.exists() else []:
       key = tuple(row.pop(field) for field in fields)
-      self.of[key] = Result(**row)
+      self.of[key] = kind(**row)
 
   def get(self, keys: Iterable[Key], train: bool = True) -> None:
     """Adds the results of keys; those without a run only if it may train."""
@@ -179,14 +208,7 @@ class Results:
       runs = {key: run for key, run in runs.items() if self._sweep.done(run)}
     results = self._sweep.train(runs.values())
     for key, result in zip(runs, results, strict=True):
-      steps = result.eval.get('step', np.zeros(0))
-      losses = result.eval.get('eval_loss', np.zeros(0))
-      finite = np.isfinite(losses)
-      self.of[key] = Result(
-        origin([result]),
-        steps[finite].tolist(),
-        [round(loss, 5) for loss in losses[finite].tolist()],
-      )
+      self.of[key] = self._kind.of_run(result)
       self._save()
 
   def origins(self, keys: Iterable[Key]) -> list[str]:

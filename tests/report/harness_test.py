@@ -5,6 +5,7 @@ import math
 import pathlib
 import random
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,21 +14,23 @@ from frugax import report
 from frugax.report import scoring
 from frugax.train import phases
 from studies import benchmark, harness
-from studies.methods import METHODS, WIDTH
+from studies.methods import CANDIDATES, METHODS, WIDTH
+
+_TRIED = METHODS | CANDIDATES
 
 _CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / 'llama.py'
 _ALL = range(harness.STUDIES * harness.TRIALS)
 
 
-@pytest.mark.parametrize('name', METHODS)
+@pytest.mark.parametrize('name', _TRIED)
 def test_trials_fill_the_same_width(name):
   """Each method has as many tries, as far apart, as the baseline."""
-  method = METHODS[name]
+  method = _TRIED[name]
   choices = [harness.trial(method, n) for n in _ALL]
   rates = [c['learning_rate'] for c in choices]
   low, high = method.range()
   assert high / low == pytest.approx(WIDTH)
-  assert low <= min(rates) < 1.3 * low and 0.75 * high < max(rates) <= high
+  assert low <= min(rates) < 1.3 * low and 0.7 * high < max(rates) <= high
   assert len(set(rates)) == len(rates)
   for study in range(harness.STUDIES):  # none is confined to one end
     own = rates[study * harness.TRIALS :][: harness.TRIALS]
@@ -37,18 +40,18 @@ def test_trials_fill_the_same_width(name):
     assert 0.001 <= min(left) < 0.002 and 0.05 < max(left) <= 0.1
 
 
-@pytest.mark.parametrize('name', METHODS)
+@pytest.mark.parametrize('name', _TRIED)
 def test_every_method_can_run(name):
   """Whatever is wrong with a config is found before a run is compiled."""
   workload = harness.WORKLOADS['packed']
   run = harness.run(
-    'x', workload, METHODS[name], harness.trial(METHODS[name], 3), 1, 'data'
+    'x', workload, _TRIED[name], harness.trial(_TRIED[name], 3), 1, 'data'
   )
   config = fx_config.load(f'{_CONFIG}:{run.arguments}')
   for key, value in run.values.items():
     fx_config.override(config, key, str(value))
   assert config.data.seed == config.seed == 1
-  program = phases.Phases(config).low
+  program = phases.Phases(config, jax.devices()[:1]).low
   assert program.model.config.dim == workload.dim
 
 
@@ -82,7 +85,7 @@ def _bench(folder, of, workload='packed'):
 def test_scores_equal_the_rules_taken_literally(tmp_path):
   """On random logs: the harness beside loops over the records."""
   rng = random.Random(3)
-  steps, slots = harness.WORKLOADS['packed'].steps, 8 * 128
+  steps, slots = harness.WORKLOADS['packed'].steps, 4 * 128
   of = {}
   for name in ('adamw', 'galore', 'muon'):
     for study in range(harness.STUDIES):
@@ -141,12 +144,12 @@ def test_tables_by_hand(tmp_path):
     for study, end in enumerate(own):
       for n in range(harness.TRIALS):
         worse = 0.5 * (n != study)  # another trial is the best of each study
-        losses = [3.0, end + worse + 0.15, end + worse, end + worse]
+        losses = [3.0, end + worse + 0.05, end + worse, end + worse]
         state = {'adamw': 400, 'galore': 100, 'muon': 200}[name]
         of[name, study, n] = _records(losses, steps=steps, state=state)
   bench = _bench(tmp_path, of)
   assert bench.target('packed') == 2.1
-  assert bench.took('packed', 'adamw', 'steps') == [450, 450, math.inf]
+  assert bench.took('packed', 'adamw', 'steps') == [300, 450, math.inf]
   assert bench.took('packed', 'galore', 'steps') == [300, 300, 450]
   assert bench.took('packed', 'muon', 'steps') == [math.inf] * 3
   assert bench.best('packed', 'muon', 1) == harness.trial(
@@ -154,7 +157,7 @@ def test_tables_by_hand(tmp_path):
   )
   text = benchmark.to_target(bench, 'packed', ends, {'adamw': 5_000})
   rows = {line.split()[0]: line.split() for line in text.splitlines()}
-  assert rows['adamw'][1:4] == ['450', '[450,', 'never]']
+  assert rows['adamw'][1:4] == ['450', '[300,', 'never]']
   assert rows['galore'][1:4] == ['300', '[300,', '450]']
   assert rows['galore'][-2:] == ['25.0%', '-']
   assert rows['adamw'][-1] == '5.00k'

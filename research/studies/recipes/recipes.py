@@ -233,21 +233,32 @@ class Table:
       cell += f' {mean:+9.4f} {half:7.4f} {said}'
     return cell
 
+  def judged(
+    self, links: tuple[Link, ...], optimizer: str
+  ) -> list[tuple[str, str]]:
+    """Of each link whether it holds, or 'missing', and the line on it."""
+    found = []
+    for link in links:
+      pair = [self.losses.get((x, optimizer)) for x in (link.right, link.left)]
+      if any(losses is None for losses in pair):
+        found.append(('missing', f'{link!s:32} not all seeds yet'))
+        continue
+      mean, half = difference(*pair)
+      judgement = link.judge(mean, half)
+      found.append(
+        (judgement, f'{link!s:32} {mean:+.4f} +- {half:.4f} {judgement}')
+      )
+    return found
+
   def chain(
     self, name: str, links: tuple[Link, ...], optimizer: str
   ) -> list[str]:
     """The lines on one paper's order."""
-    lines, judgements = [], []
-    for link in links:
-      pair = [self.losses.get((x, optimizer)) for x in (link.right, link.left)]
-      if any(losses is None for losses in pair):
-        judgements.append('missing')
-        lines.append(f'  {link!s:32} not all seeds yet')
-        continue
-      mean, half = difference(*pair)
-      judgements.append(link.judge(mean, half))
-      lines.append(f'  {link!s:32} {mean:+.4f} +- {half:.4f} {judgements[-1]}')
-    return [f'{name}, {optimizer}: {orders.verdict(judgements)}', *lines]
+    judgements, lines = zip(*self.judged(links, optimizer), strict=True)
+    return [
+      f'{name}, {optimizer}: {orders.verdict(judgements)}',
+      *(f'  {line}' for line in lines),
+    ]
 
   def pairs(self, optimizer: str) -> str:
     """How many pairs of formats stand in the law's order, by mean loss."""
@@ -352,6 +363,39 @@ def picture(path: pathlib.Path, table: Table, title: str):
   fig.savefig(path)
 
 
+def collect(
+  args, recipes=tuple(RECIPES), optimizers=OPTIMIZERS
+) -> tuple[sweep.Results, dict, list[sweep.Key], Table]:
+  """Trains what is missing of the runs of recipes, unless args.report.
+
+  Returns:
+    All results; of each optimizer the rate and the means of those tried; the
+    keys of the runs that were asked for; their table.
+  """
+  results = sweep.Results(
+    args.workdir / folder(args) / 'recipes.json',
+    ('recipe', 'optimizer', 'learning_rate', 'seed'),
+    lambda key: run(args, key),
+    sweep.Sweep(args.workdir, args.jobs),
+  )
+  tuned = {o: tune(args, results, o) for o in optimizers}
+  # Two runs at a time then compile different programs, and each but once.
+  keys = [
+    (recipe, optimizer, tuned[optimizer][0], seed)
+    for recipe in recipes
+    for seed in SEEDS
+    for optimizer in optimizers
+  ]
+  results.get(keys, train=not args.report)
+  cells = {
+    (recipe, optimizer): losses(args, results, recipe, optimizer, rate)
+    for recipe in recipes
+    for optimizer, (rate, _) in tuned.items()
+  }
+  table = Table({key: own for key, own in cells.items() if own.size})
+  return results, tuned, keys, table
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('workdir', type=pathlib.Path)
@@ -368,27 +412,7 @@ def main():
   )
   args = parser.parse_args()
   args.steps = args.steps or SIZES[args.size].steps
-  results = sweep.Results(
-    args.workdir / folder(args) / 'recipes.json',
-    ('recipe', 'optimizer', 'learning_rate', 'seed'),
-    lambda key: run(args, key),
-    sweep.Sweep(args.workdir, args.jobs),
-  )
-  tuned = {o: tune(args, results, o) for o in OPTIMIZERS}
-  # Two runs at a time then compile different programs, and each but once.
-  keys = [
-    (recipe, optimizer, tuned[optimizer][0], seed)
-    for recipe in RECIPES
-    for seed in SEEDS
-    for optimizer in OPTIMIZERS
-  ]
-  results.get(keys, train=not args.report)
-  cells = {
-    (recipe, optimizer): losses(args, results, recipe, optimizer, rate)
-    for recipe in RECIPES
-    for optimizer, (rate, _) in tuned.items()
-  }
-  table = Table({key: own for key, own in cells.items() if own.size})
+  results, tuned, keys, table = collect(args)
   size, there = SIZES[args.size], [key for key in keys if key in results.of]
   print(
     f'{args.size}, {args.steps} steps of {size.batch} x {size.length} tokens,'

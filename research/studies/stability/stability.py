@@ -297,6 +297,29 @@ def picture(path: pathlib.Path, grid: Grid, title: str):
   fig.savefig(path)
 
 
+def collect(args, names=tuple(RATES)) -> tuple[sweep.Results, list[sweep.Key]]:
+  """Trains what is missing of the runs of optimizers, unless args.report.
+
+  Returns:
+    All results, and the keys of those that were asked for.
+  """
+  to = args.workdir / folder(args)
+  results = sweep.Results(
+    to / 'stability.json',
+    ('optimizer', 'learning_rate', 'seed'),
+    lambda key: run(args, key),
+    sweep.Sweep(args.workdir, args.jobs),
+  )
+  keys = [
+    (name, learning_rate(name, factor), seed)
+    for factor in FACTORS
+    for name in names
+    for seed in SEEDS
+  ]
+  results.get(keys, train=not args.report)
+  return results, keys
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('workdir', type=pathlib.Path)
@@ -315,19 +338,7 @@ def main():
   args = parser.parse_args()
   args.steps = args.steps or SCHEDULES[args.size][0]
   to = args.workdir / folder(args)
-  results = sweep.Results(
-    to / 'stability.json',
-    ('optimizer', 'learning_rate', 'seed'),
-    lambda key: run(args, key),
-    sweep.Sweep(args.workdir, args.jobs),
-  )
-  keys = [
-    (name, learning_rate(name, factor), seed)
-    for factor in FACTORS
-    for name in RATES
-    for seed in SEEDS
-  ]
-  results.get(keys, train=not args.report)
+  results, keys = collect(args)
   keys, wanted = [key for key in keys if key in results.of], len(keys)
   grid = Grid(results.of, args.steps, entropy(args))
   title = f'{args.size}, {args.matmul}, {args.steps} steps'

@@ -1,0 +1,131 @@
+"""Loss at equal tokens against bytes of optimizer state: the picture.
+
+    python research/studies/pareto.py research/studies/logs
+
+WORKDIR has a benchmark.json, as the one that ships. Writes pareto.png there and
+prints the points: of each method the final loss, mean of its studies, and all
+bytes of its state, embedding and head included. On the front lies what no other
+method beats in both.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from studies import harness, seeds
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+  """A method: its bytes, and its loss with half of the 95 % interval."""
+
+  name: str
+  state_bytes: int
+  loss: float
+  half: float
+
+
+def points(bench: harness.Benchmark, workload: str) -> list[Point]:
+  """Of every method whose trials are all there and whose studies all ended."""
+  found = []
+  for name in bench.methods:
+    if not bench.whole(workload, name):
+      continue
+    finals = np.array(bench.finals(workload, name))
+    if np.isfinite(finals).all():
+      size = bench.study(workload, name, 0)[0].state_bytes
+      found.append(Point(name, size, *seeds.interval(finals)))
+  return found
+
+
+def front(all_points: Sequence[Point]) -> list[Point]:
+  """Those that no other beats in bytes and loss, by growing bytes.
+
+  Examples:
+    >>> a, b = Point('a', 10, 2.0, 0.0), Point('b', 20, 1.0, 0.0)
+    >>> [p.name for p in front([b, Point('c', 20, 2.5, 0.0), a])]
+    ['a', 'b']
+  """
+  found: list[Point] = []
+  for point in sorted(all_points, key=lambda p: (p.state_bytes, p.loss)):
+    if not found or point.loss < found[-1].loss:
+      found.append(point)
+  return found
+
+
+def table(all_points: Sequence[Point]) -> str:
+  """A row a method, by growing bytes; a star is on the front."""
+  best = front(all_points)
+  lines = [f'{"":18}{"state bytes":>12}{"loss":>9}{"+-":>8}']
+  for p in sorted(all_points, key=lambda p: p.state_bytes):
+    lines.append(
+      f'{p.name:18}{p.state_bytes:12,}{p.loss:9.4f}{p.half:8.4f}'
+      f'{" *" * (p in best)}'
+    )
+  return '\n'.join(lines)
+
+
+def picture(path: pathlib.Path, all_points: Sequence[Point], title: str):
+  """Draws them, the front as a line."""
+  from matplotlib import figure
+
+  fig = figure.Figure(figsize=(9, 6), dpi=130, layout='constrained')
+  ax = fig.subplots()
+  best = front(all_points)
+  ax.step(
+    [p.state_bytes for p in best],
+    [p.loss for p in best],
+    where='post',
+    color='#bbbbbb',
+    zorder=0,
+  )
+  for p in all_points:
+    color = '#1f5fa8' if p in best else '#888888'
+    ax.errorbar(
+      p.state_bytes, p.loss, p.half, fmt='o', color=color, elinewidth=0.6
+    )
+    ax.annotate(
+      p.name,
+      (p.state_bytes, p.loss),
+      xytext=(5, 4),
+      textcoords='offset points',
+      fontsize=8,
+      color=color,
+    )
+  ax.set_xscale('log')
+  ax.set_xlabel('bytes of optimizer state, all parameters')
+  ax.set_ylabel('validation loss, nats a token')
+  ax.set_title(title, loc='left', fontsize=10)
+  ax.grid(color='#e4e4e4', linewidth=0.7)
+  fig.savefig(path)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('workdir', type=pathlib.Path)
+  parser.add_argument(
+    '--workload', choices=tuple(harness.WORKLOADS), default='packed'
+  )
+  args = parser.parse_args()
+  bench = harness.Benchmark(args.workdir, train=False)
+  found = points(bench, args.workload)
+  if not found:
+    parser.error(
+      f'{args.workdir}/benchmark.json has no method whole on {args.workload};'
+      ' run studies/benchmark.py first'
+    )
+  own = harness.WORKLOADS[args.workload]
+  print(table(found))
+  picture(
+    args.workdir / 'pareto.png',
+    found,
+    f'workload {args.workload}: {own.steps * own.slots:,} tokens; mean and 95 %'
+    f' interval of {harness.STUDIES} studies',
+  )
+
+
+if __name__ == '__main__':
+  main()

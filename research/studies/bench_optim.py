@@ -16,7 +16,6 @@ import argparse
 import inspect
 import time
 
-import floors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +26,7 @@ from frugax.models import llama
 from frugax.optim import axes as axes_lib
 from frugax.optim import projection, projectors
 from frugax.train import metrics
+from studies import floors
 
 # Timed beside optax.adamw: name and a function from the axes.
 BESIDE_ADAMW = {

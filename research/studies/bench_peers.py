@@ -21,11 +21,11 @@ import pathlib
 import subprocess
 
 import bench_optim
-import floors
 import jax
 import numpy as np
 
 from frugax.optim import axes as axes_lib
+from studies import floors
 
 _GALORE = {'update_proj_gap': 200, 'scale': 0.25}
 # Alias, package, class, the projected group's arguments, all groups'.

@@ -20,7 +20,7 @@ import argparse
 import math
 import pathlib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from frugax import names
 from frugax.report import scoring
@@ -40,7 +40,6 @@ def to_target(
   bench: harness.Benchmark,
   workload: str,
   methods: Sequence[str],
-  peaks: Mapping[str, int],
 ) -> str:
   """What each method took to the target, with the range of its studies.
 
@@ -48,34 +47,34 @@ def to_target(
     bench: has all trials of the methods.
     workload: its name.
     methods: a row each.
-    peaks: bytes of each method's step.
   """
   own = harness.WORKLOADS[workload]
   lines = [
     f'{workload}: target {bench.target(workload):.4f} nats a token,'
     f' {harness.STUDIES} studies of {harness.TRIALS} trials, {own.steps} steps'
     f' of {own.batch} x {own.length}',
-    f'{"":12}{"steps":>17}{"tokens":>8}{"slots":>8}{"PFLOPs":>9}'
-    f'{"seconds":>20}{"state":>9}{"of Adam":>8}{"peak":>9}',
+    f'{"":14}{"steps":>17}{"tokens":>9}{"slots":>9}{"FLOPs":>9}'
+    f'{"seconds":>20}{"state":>9}{"of Adam":>8}{"step":>9}',
   ]
   for name in methods:
     took = {a: bench.took(workload, name, a) for a in harness.AXES}
     middle = {a: scoring.of_workload(t) for a, t in took.items()}
     record = bench.study(workload, name, 0)[0]
     lines.append(
-      f'{name:12}{_ranged(took["steps"], 0):>17}'
-      f'{_short(middle["tokens"]):>8}{_short(middle["slots"]):>8}'
-      f'{_number(middle["flops"] / 1e15, 3):>9}'
+      f'{name:14}{_ranged(took["steps"], 0):>17}'
+      f'{_short(middle["tokens"]):>9}{_short(middle["slots"]):>9}'
+      f'{_short(middle["flops"]):>9}'
       f'{_ranged(took["seconds"], 1):>20}'
       f'{_short(record.state_bytes):>9}'
       f'{record.state_bytes / record.adam_bytes:8.1%}'
-      f'{_short(peaks.get(name, math.nan)):>9}'
+      f'{_short(bench.bytes_of_step(workload, name)):>9}'
     )
   *_, share = scoring.median_interval(range(harness.STUDIES))
   lines.append(
     'each axis: the median of the studies; in brackets the least and the'
     ' greatest, between which\nthe median of all studies would be with'
-    f' {share:.0%}; state, peak: bytes'
+    f' {share:.0%}; state, step: bytes of the'
+    ' optimizer and of all that the compiled step takes on a CPU'
   )
   return '\n'.join(lines)
 
@@ -88,7 +87,7 @@ def losses(
   steps = harness.WORKLOADS[workload].steps
   lines = [
     f'{workload}: final validation loss, nats a token',
-    f'{"":12}{"loss":>8}{"- adamw":>9}{"+-":>8}{"harness":>9}'
+    f'{"":14}{"loss":>8}{"- adamw":>9}{"+-":>8}{"harness":>9}'
     f'{"diverged":>10}  best choices',
   ]
   for name in methods:
@@ -105,7 +104,7 @@ def losses(
     ]
     compat = best.eval_compat[-1] if best.eval_compat else math.nan
     lines.append(
-      f'{name:12}{statistics.mean(finals):8.4f}{mean:+9.4f}{half:8.4f}'
+      f'{name:14}{statistics.mean(finals):8.4f}{mean:+9.4f}{half:8.4f}'
       f'{compat:9.4f}{f"{lost} of {len(trials)}":>10}  {"; ".join(choices)}'
     )
   lines.append(
@@ -131,10 +130,10 @@ def scores(
     ratios = scoring.ratios(taken)
     found[axis] = {n: scoring.benchmark_score(r) for n, r in ratios.items()}
   order = sorted(methods, key=lambda n: -found['steps'][n])
-  lines = [f'{"":12}' + ''.join(f'{axis:>9}' for axis in found)]
+  lines = [f'{"":14}' + ''.join(f'{axis:>9}' for axis in found)]
   for name in order:
     lines.append(
-      f'{name:12}' + ''.join(f'{of[name]:9.3f}' for of in found.values())
+      f'{name:14}' + ''.join(f'{of[name]:9.3f}' for of in found.values())
     )
   lines.append(
     f'1: first on each of {", ".join(workloads)}; 0: never there, or beyond'
@@ -207,8 +206,7 @@ def main():
       of[workload] = whole
     if harness.BASE not in whole:
       continue
-    peaks = {m: bench.bytes_of_step(workload, m) for m in whole}
-    print(to_target(bench, workload, whole, peaks), end='\n\n')
+    print(to_target(bench, workload, whole), end='\n\n')
     print(losses(bench, workload, whole), end='\n\n')
   everywhere = [m for m in METHODS if all(m in of[w] for w in workloads)]
   if harness.BASE in everywhere:

@@ -355,19 +355,27 @@ class Benchmark:
     """Which code ran how many of the runs on what."""
     return self._results.origins(self._results.of)
 
-  def bytes_of_step(self, workload: str, method: str) -> int:
+  def bytes_of_step(self, workload: str, method: str) -> float:
     """What the compiled step takes, its state and batch included, on a CPU.
 
-    Compiled in a process of its own, and kept.
+    Compiled in a process of its own and kept in WORKDIR/bytes.json; NaN if it
+    is not there and nothing may be trained.
     """
-    argv = self.run((workload, method, 0, 0)).command(pathlib.Path())
-    config, _, *overrides = argv[3:]
-    plan = subprocess.run(
-      [
-        *(sys.executable, '-m', 'frugax.plan', '--topology=cpu', '--json'),
-        *(f'--cache_dir={self._workdir / "plans"}', config, *overrides),
-      ],
-      stdout=subprocess.PIPE,
-      check=True,
-    )
-    return json.loads(plan.stdout)['needed']
+    path, name = self._workdir / 'bytes.json', f'{workload}/{method}'
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if name not in known:
+      if not self._train:
+        return math.nan
+      argv = self.run((workload, method, 0, 0)).command(self._workdir)
+      config, _, *overrides = argv[3:]
+      plan = subprocess.run(
+        [
+          *(sys.executable, '-m', 'frugax.plan', '--topology=cpu', '--json'),
+          *('--no_cache', config, *overrides),
+        ],
+        stdout=subprocess.PIPE,
+        check=True,
+      )
+      known[name] = json.loads(plan.stdout)['needed']
+      path.write_text(json.dumps(known, indent=1, sort_keys=True) + '\n')
+    return known[name]

@@ -147,6 +147,7 @@ def test_tables_by_hand(tmp_path):
         losses = [3.0, end + worse + 0.05, end + worse, end + worse]
         state = {'adamw': 400, 'galore': 100, 'muon': 200}[name]
         of[name, study, n] = _records(losses, steps=steps, state=state)
+  (tmp_path / 'bytes.json').write_text('{"packed/adamw": 5000}')
   bench = _bench(tmp_path, of)
   assert bench.target('packed') == 2.1
   assert bench.took('packed', 'adamw', 'steps') == [300, 450, math.inf]
@@ -155,7 +156,7 @@ def test_tables_by_hand(tmp_path):
   assert bench.best('packed', 'muon', 1) == harness.trial(
     METHODS['muon'], harness.TRIALS + 1
   )
-  text = benchmark.to_target(bench, 'packed', ends, {'adamw': 5_000})
+  text = benchmark.to_target(bench, 'packed', ends)
   rows = {line.split()[0]: line.split() for line in text.splitlines()}
   assert rows['adamw'][1:4] == ['450', '[300,', 'never]']
   assert rows['galore'][1:4] == ['300', '[300,', '450]']

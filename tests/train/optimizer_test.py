@@ -229,7 +229,11 @@ def test_any_state_is_kept_in_the_codec_that_is_named(name, model, make_config):
     shapes = jax.eval_shape(model.init, jax.random.PRNGKey(0))
     return optim.state_bytes(_build(model, config)[0], shapes)['total']
 
-  assert sizes(optimizer__state_codec='dynamic8') < 0.7 * sizes()
+  codec = {'optimizer__state_codec': 'dynamic8'}
+  assert sizes(**codec) < 0.7 * sizes()
+  assert sizes(**codec, optimizer__state_min_size=1) < sizes(**codec)
+  none = sizes(**codec, optimizer__state_min_size=2**20)
+  assert none == pytest.approx(sizes(), rel=1e-3)
 
 
 def test_an_unknown_codec_is_refused(model, make_config):

@@ -12,7 +12,7 @@ import optax
 from frugax import names, optim
 
 # Keys of a section that are no arguments of the optimizer.
-_RESERVED = ('name', 'match', 'state_codec')
+_RESERVED = ('name', 'match', 'state_codec', 'state_min_size')
 
 
 def path_name(path) -> str:
@@ -200,7 +200,8 @@ def make_optimizer(
   """Builds the run's optimizer: one transformation, or one for each group.
 
   A section with a `state_codec` ('dynamic8', say) keeps that optimizer's state
-  as `optim.quantize_state` does, whichever optimizer it is.
+  as `optim.quantize_state` does, whichever optimizer it is; `state_min_size` is
+  its `min_size`.
 
   Args:
     config: the run's config (sections optimizer, groups, schedule; steps,
@@ -232,7 +233,11 @@ def make_optimizer(
       tx = make(schedule, **known)
       if 'state_codec' in section:
         stacks = _axes(config, params, axes)
-        tx = optim.quantize_state(tx, section['state_codec'], axes=stacks)
+        sizes = {}
+        if 'state_min_size' in section:
+          sizes['min_size'] = section['state_min_size']
+        codec = section['state_codec']
+        tx = optim.quantize_state(tx, codec, axes=stacks, **sizes)
       # Traced once here, where an argument of the wrong type can be named.
       state = jax.eval_shape(tx.init, params)
       extra = {'value': jnp.zeros([]), 'key': jax.random.PRNGKey(0)}

@@ -4,7 +4,7 @@
 # make test-gpu  compile the GPU kernels for an H200; no GPU is needed
 # make parity  compare with the transformers package's LLaMA
 # make bench   time the step and the optimizers against hand-written ones
-# make bench-peers  time the optimizers against PyTorch's
+# make bench-peers  time the optimizers against PyTorch's, compare with qwix
 # make bench-kernels  count the cycles of TPU kernels, by their compiler
 # make memory-table  optimizer state and peak HBM by the TPU's compiler; hours
 # Each makes the virtual environment that it needs. PYTHON=python3.12 chooses
@@ -65,6 +65,8 @@ bench-peers: $(READY)
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet torch==2.13.0 galore-torch pytorch-optimizer torchao bitsandbytes
 	$(PY) research/studies/bench_peers.py --python .venv-peers/bin/python
+	$(PY) -m pip install --quiet --no-deps --upgrade --target .cache/qwix qwix==0.1.8
+	PYTHONPATH=.cache/qwix $(PY) research/studies/bench_qwix.py
 
 # Static estimates by the TPU's compiler, in an environment of its own: that of
 # `dev` takes tens of GB for the profile of a kernel, and has none for tpu7x.

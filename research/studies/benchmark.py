@@ -1,45 +1,40 @@
-"""What each optimizer takes to the same loss, and what it scores.
+"""What each optimizer takes to the same loss, and where it ends.
 
-    python -m frugax.train.corpus --data_dir=data
+    python research/studies/workloads.py --data_dir=data
     python research/studies/benchmark.py runs/benchmark | tee benchmark.log
 
 The rules are told in studies/harness.py, what each method tries in
-studies/methods.py. LLaMA with three layers of dimension 64 (0.2 M parameters,
-bytes) on the standard library's source, 600 steps of 4 x 128, in two forms:
-packed, and, for some methods, each sequence a document, cut or padded. Two runs
-at a time, each on a core of its own. Not run by us yet: --workloads=10m and
---workloads=60m, on one GPU with --jobs=1.
+studies/methods.py, models and data in studies/workloads.py: LLaMA with three
+layers of dimension 64 (0.2 M parameters, bytes) on the standard library's
+source, 500 steps of 4 x 128, in two forms: files, packed; and, for some
+methods, blocks of lines, one a row and padded. Two runs at a time, each on a
+core of its own. Not run by us yet: --workloads=10m, and 60m and 130m on C4, on
+one GPU with --jobs=1.
 
 WORKDIR gets one folder a run and benchmark.json. Interrupted, the same command
-goes on; runs that benchmark.json tells of are not trained again: copy the one
-beside this file there to report on it or to add to it. --report trains nothing.
-Two runs of the command give the same tables but for the seconds.
+goes on; runs that benchmark.json tells of, with the same config, are not
+trained again: copy the one in studies/logs there to report on it or to add to
+it. --report trains nothing.
 """
 
 import argparse
-import math
 import pathlib
-import statistics
 from collections.abc import Sequence
 
 from frugax import names
 from frugax.report import scoring
-from studies import harness
+from studies import harness, seeds
 from studies.methods import METHODS
 from studies.recipes import orders
+from studies.workloads import WORKLOADS
 
 # What is also trained on padded documents.
-PADDED = (
-  *('adamw', 'adamw_bf16', 'galore', 'fira', 'apollo', 'ldadam', 'snsm'),
-  *('stable_spam', 'muon'),
-)
+PADDED = ('adamw', 'galore', 'apollo', 'snsm', 'stable_spam', 'muon')
 _NEVER = 'never'
 
 
 def to_target(
-  bench: harness.Benchmark,
-  workload: str,
-  methods: Sequence[str],
+  bench: harness.Benchmark, workload: str, methods: Sequence[str]
 ) -> str:
   """What each method took to the target, with the range of its studies.
 
@@ -48,12 +43,12 @@ def to_target(
     workload: its name.
     methods: a row each.
   """
-  own = harness.WORKLOADS[workload]
+  own = WORKLOADS[workload]
   lines = [
     f'{workload}: target {bench.target(workload):.4f} nats a token,'
     f' {harness.STUDIES} studies of {harness.TRIALS} trials, {own.steps} steps'
     f' of {own.batch} x {own.length}',
-    f'{"":14}{"steps":>17}{"tokens":>9}{"slots":>9}{"FLOPs":>9}'
+    f'{"":18}{"steps":>17}{"tokens":>9}{"slots":>9}{"FLOPs":>9}'
     f'{"seconds":>20}{"state":>9}{"of Adam":>8}{"step":>9}',
   ]
   for name in methods:
@@ -61,7 +56,7 @@ def to_target(
     middle = {a: scoring.of_workload(t) for a, t in took.items()}
     record = bench.study(workload, name, 0)[0]
     lines.append(
-      f'{name:14}{_ranged(took["steps"], 0):>17}'
+      f'{name:18}{_ranged(took["steps"], 0):>17}'
       f'{_short(middle["tokens"]):>9}{_short(middle["slots"]):>9}'
       f'{_short(middle["flops"]):>9}'
       f'{_ranged(took["seconds"], 1):>20}'
@@ -73,8 +68,8 @@ def to_target(
   lines.append(
     'each axis: the median of the studies; in brackets the least and the'
     ' greatest, between which\nthe median of all studies would be with'
-    f' {share:.0%}; state, step: bytes of the'
-    ' optimizer and of all that the compiled step takes on a CPU'
+    f' {share:.0%}; state, step: bytes of the optimizer, and of all that the'
+    ' compiled\nstep takes on a CPU'
   )
   return '\n'.join(lines)
 
@@ -82,35 +77,37 @@ def to_target(
 def losses(
   bench: harness.Benchmark, workload: str, methods: Sequence[str]
 ) -> str:
-  """The least final losses of the studies, and what they are beside AdamW's."""
+  """Where the best choice of each method ends, and what that is to AdamW."""
   base = bench.finals(workload, harness.BASE)
-  steps = harness.WORKLOADS[workload].steps
+  steps = WORKLOADS[workload].steps
   lines = [
-    f'{workload}: final validation loss, nats a token',
-    f'{"":14}{"loss":>8}{"- adamw":>9}{"+-":>8}{"harness":>9}'
-    f'{"diverged":>10}  best choices',
+    f'{workload}: final validation loss, nats a token, of the best of'
+    f' {harness.STUDIES * harness.TRIALS} choices, {len(harness.FRESH)} other'
+    ' seeds',
+    f'{"":18}{"loss":>8}{"+-":>8}{"- adamw":>9}{"+-":>8}{"published":>11}'
+    f'{"diverged":>10}  rate, b2',
   ]
   for name in methods:
     finals = bench.finals(workload, name)
+    if not finals.size:
+      continue
+    loss, own = seeds.interval(finals)
     mean, half = orders.difference(finals, base)
-    trials = [
-      r for s in range(harness.STUDIES) for r in bench.study(workload, name, s)
-    ]
-    lost = sum(math.isinf(r.final(steps)) for r in trials)
-    best = min(trials, key=lambda r: r.final(steps))
-    choices = [
-      ' '.join(f'{value:g}' for value in bench.best(workload, name, s).values())
-      for s in range(harness.STUDIES)
-    ]
-    compat = best.eval_compat[-1] if best.eval_compat else math.nan
+    tried = list(bench.trials(workload, name))
+    lost = sum(end == float('inf') for end, _ in tried)
+    chosen = bench.best(workload, name)
+    rates = [key[2] for _, key in tried]
+    edge = ' (the edge)' * (chosen[0] in (min(rates), max(rates)))
     lines.append(
-      f'{name:14}{statistics.mean(finals):8.4f}{mean:+9.4f}{half:8.4f}'
-      f'{compat:9.4f}{f"{lost} of {len(trials)}":>10}  {"; ".join(choices)}'
+      f'{name:18}{loss:8.4f}{own:8.4f}{mean:+9.4f}{half:8.4f}'
+      f'{harness.as_published(loss):11.4f}'
+      f'{f"{lost} of {len(tried)}":>10}'
+      f'  {chosen[0]:g}{edge}, {chosen[1] or "-"}'
     )
   lines.append(
-    'loss: mean of the studies, each with its best trial; - adamw, +-: at equal'
-    ' seed, half of the\n95 % interval; harness: of the best trial, as the'
-    ' published code prints it; choices: rate and b2'
+    '+-: half of the 95 % interval of the mean; - adamw: at equal seed, after'
+    f' {steps} steps; published:\nas the harness of the papers prints the loss'
+    f' where it has {harness.PUBLISHED_N} batches; diverged: of the trials'
   )
   return '\n'.join(lines)
 
@@ -120,7 +117,7 @@ def scores(
 ) -> str:
   """AlgoPerf's scores over the workloads, an axis a column."""
   found = {}
-  for axis in harness.AXES:
+  for axis in ('steps', 'tokens', 'seconds'):
     taken = {
       w: {
         name: scoring.of_workload(bench.took(w, name, axis)) for name in methods
@@ -130,14 +127,14 @@ def scores(
     ratios = scoring.ratios(taken)
     found[axis] = {n: scoring.benchmark_score(r) for n, r in ratios.items()}
   order = sorted(methods, key=lambda n: -found['steps'][n])
-  lines = [f'{"":14}' + ''.join(f'{axis:>9}' for axis in found)]
+  lines = [f'{"":18}' + ''.join(f'{axis:>9}' for axis in found)]
   for name in order:
     lines.append(
-      f'{name:14}' + ''.join(f'{of[name]:9.3f}' for of in found.values())
+      f'{name:18}' + ''.join(f'{of[name]:9.3f}' for of in found.values())
     )
   lines.append(
     f'1: first on each of {", ".join(workloads)}; 0: never there, or beyond'
-    f' {scoring.R_MAX:g} times the first'
+    f' {scoring.R_MAX:g} times the first. (Slots and FLOPs score as steps do.)'
   )
   return '\n'.join(lines)
 
@@ -152,15 +149,15 @@ def _ranged(values, digits):
 
 
 def _number(value, digits):
-  return _NEVER if math.isinf(value) else f'{value:.{digits}f}'
+  return _NEVER if value == float('inf') else f'{value:.{digits}f}'
 
 
 def _short(value):
-  if math.isinf(value):
+  if value == float('inf'):
     return _NEVER
-  if math.isnan(value):
+  if value != value:
     return '-'
-  for unit, name in ((1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
+  for unit, name in ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
     if value >= unit:
       return f'{value / unit:.2f}{name}'
   return f'{value:.0f}'
@@ -175,7 +172,7 @@ def main():
   )
   parser.add_argument('--data_dir', default='data')
   parser.add_argument(
-    '--jobs', type=int, default=2, help='runs at a time, each on its own cores'
+    '--jobs', type=int, default=2, help='runs at a time, each on its own core'
   )
   parser.add_argument(
     '--report', action='store_true', help='train nothing, tell what is there'
@@ -184,7 +181,7 @@ def main():
   workloads = args.workloads.split(',')
   given = args.methods.split(',') if args.methods else []
   for kind, valid, chosen in (
-    ('workload', harness.WORKLOADS, workloads),
+    ('workload', WORKLOADS, workloads),
     ('method', METHODS, given),
   ):
     for name in chosen:
@@ -198,13 +195,14 @@ def main():
   }
   for workload, methods in of.items():
     bench.get(workload, methods)
+    bench.judge(workload, methods)
   print('\n'.join(bench.origins()), end='\n\n')
   for workload, methods in of.items():
     whole = [m for m in methods if bench.whole(workload, m)]
     if missing := [m for m in methods if m not in whole]:
       print(f'{workload}: NOT COMPLETE, left out: {", ".join(missing)}\n')
       of[workload] = whole
-    if harness.BASE not in whole:
+    if harness.BASE not in whole or not WORKLOADS[workload].target:
       continue
     print(to_target(bench, workload, whole), end='\n\n')
     print(losses(bench, workload, whole), end='\n\n')

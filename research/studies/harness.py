@@ -1,111 +1,72 @@
 """One benchmark for every optimizer: what each takes to the same loss.
 
-AlgoPerf's rules (arXiv 2306.07179) for language models, on five axes at once:
-steps, tokens, model FLOPs, bytes of the optimizer's state and of the step,
-training seconds. A *study* is a handful of trials with one seed, each with
-hyper-parameters from a quasi-random sequence; the three studies of a method on
-a workload continue the sequence. A study scores what the trial that took least
-needed to the target, each axis for itself; their median is the method's, and
-what never got there took infinitely much. The target is what AdamW with state
-in float32 reaches: the median over its studies of the least final loss. AdamW
-is tuned as all others are, by as many trials over its rate and b2
-(`studies/methods.py`).
+AlgoPerf's rules (arXiv 2306.07179) for language models. A *study* is a handful
+of trials with one seed, each with hyper-parameters from a quasi-random
+sequence; the three studies of a method on a workload continue the sequence. A
+study scores what the trial that took least needed to the target, each axis for
+itself: steps, tokens, model FLOPs, training seconds, beside the bytes of the
+optimizer's state and of the step. Their median is the method's, and what never
+got there took infinitely much. The target is what AdamW with state in float32
+reaches in three quarters of the steps, on a schedule of its own, tuned alike:
+the median over its studies of the least final loss.
+
+For the loss at equal tokens the choice that ended lowest of all trials is
+trained anew with eight seeds that no choice was made by, and judged on the
+whole validation set.
 
 What is equal: model, data and their order (by seed), batch, warm-up over a
 tenth of the steps and cosine to a tenth, no weight decay, clipping at norm 1
-but for those that clip by themselves. Losses are means over all tokens of the
-validation set that are no padding; the value that the published harness prints
-(the sum of the batches' means over their number plus one) is kept beside.
-Tokens are counted without padding (tokens) and with it (slots); model FLOPs are
-those of the slots. Seconds are of training, compilation counted (nothing that
-was compiled before is used), evaluation not.
+but for those that clip by themselves. AdamW is tuned as all others are, by as
+many trials over its rate and b2 (`studies/methods.py`). Losses are means over
+all tokens of the validation set that are no padding. Tokens are counted without
+padding (tokens) and with it (slots); model FLOPs are those of the slots: steps,
+slots and FLOPs are multiples of each other for all methods on a workload.
+Seconds are of training, compilation counted (nothing that was compiled before
+is used), evaluation not. Every run has one core.
 
 `studies/benchmark.py` is the command; claims take the same runs.
 """
 
 import dataclasses
+import functools
+import hashlib
 import json
 import math
 import pathlib
 import statistics
 import subprocess
 import sys
-import types
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
 from scipy.stats import qmc
 
 from frugax import report
-from frugax.models import llama
 from frugax.report import scoring
 from studies import sweep
-from studies.methods import CANDIDATES, DECAYS, METHODS, Method
+from studies.methods import DECAYS, METHODS, Method
+from studies.workloads import WORKLOADS
 
 STUDIES, TRIALS = 3, 4
+FRESH = tuple(range(STUDIES, STUDIES + 8))  # seeds of runs that judge a choice
 BASE = 'adamw'
-FIELDS = ('workload', 'method', 'study', 'trial')
+FIELDS = ('workload', 'method', 'learning_rate', 'b2', 'seed')
 AXES = ('steps', 'tokens', 'slots', 'flops', 'seconds')
-
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-  """A model on data, and how long it is trained.
-
-  Attributes:
-    steps: of a run; a twentieth of them from one evaluation to the next.
-    batch: sequences of a step.
-    length: tokens of a sequence.
-    mode: of the data: packed, or c4_protocol, where each sequence is one
-      document, cut or padded.
-    size: the model, of configs/llama.py.
-    matmul: how its layers multiply, likewise.
-    model: fields of the model that are otherwise.
-    eval_tokens: of one evaluation.
-  """
-
-  steps: int
-  batch: int
-  length: int
-  mode: str = 'packed'
-  size: str = 'tiny'
-  matmul: str = 'f32'
-  model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  eval_tokens: int = 10_000
-
-  @property
-  def dim(self) -> int:
-    """The model's dimension."""
-    return llama.config(self.size, **self.model).dim
-
-  @property
-  def slots(self) -> int:
-    """Tokens of a step, padding counted."""
-    return self.batch * self.length
-
-
-# A model of a sixth of `tiny`, so that a run gets beyond the unigrams.
-_SMALL = types.MappingProxyType(
-  {'dim': 64, 'ffn': 176, 'n_layers': 3, 'n_heads': 4, 'n_kv_heads': 4}
-)
-_WIDE = types.MappingProxyType(
-  {'dim': 128, 'ffn': 352, 'n_layers': 3, 'n_heads': 4, 'n_kv_heads': 4}
-)
-_PACKED = Workload(600, 4, 128, model=_SMALL)
-_HALF = dataclasses.replace(_PACKED, steps=300)
-_INT4 = 'stable_spam_int4'
-WORKLOADS = {
-  'packed': _PACKED,
-  'padded': dataclasses.replace(_PACKED, mode='c4_protocol'),
-  'half': _HALF,
-  'int4': dataclasses.replace(_PACKED, matmul=_INT4),
-  'int4_half': dataclasses.replace(_HALF, matmul=_INT4),
-  'ternary': dataclasses.replace(_PACKED, matmul='b1.58'),
-  'ternary_wide': dataclasses.replace(_PACKED, matmul='b1.58', model=_WIDE),
-  '10m': Workload(2000, 64, 256, size='10m', matmul='bf16'),
-  '60m': Workload(4000, 128, 256, size='60m', matmul='bf16'),
-}
 DEFAULT = ('packed', 'padded')
+# The published 60M script has so many batches of validation: what it prints is
+# the mean loss times N / (N + 1).
+PUBLISHED_N = 201
+Choice = tuple[float, float | None]  # learning rate and b2
+
+
+def as_published(loss: float) -> float:
+  """What the harness of GaLore's code prints of a mean loss at 60M.
+
+  Examples:
+    >>> round(as_published(3.55), 4)
+    3.5324
+  """
+  return loss * PUBLISHED_N / (PUBLISHED_N + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +74,7 @@ class Record(sweep.Result):
   """What remains of a run.
 
   Attributes:
-    eval_compat: the validation loss as the published harness prints it.
+    digest: of its whole config, see `digest`.
     eval_tokens: trained on before each evaluation, padding not counted.
     eval_seconds: of training before each evaluation.
     flops_per_token: the model's.
@@ -121,7 +82,7 @@ class Record(sweep.Result):
     adam_bytes: what Adam would hold, in the weights' dtype.
   """
 
-  eval_compat: list[float]
+  digest: str
   eval_tokens: list[float]
   eval_seconds: list[float]
   flops_per_token: float
@@ -130,20 +91,17 @@ class Record(sweep.Result):
 
   @classmethod
   def of_run(cls, run: report.Run) -> 'Record':
-    rows = [
-      dict(zip(run.eval, row, strict=True))
-      for row in zip(*run.eval.values(), strict=True)
-    ]
-    rows = [row for row in rows if math.isfinite(row['eval_loss'])]
+    finite = np.isfinite(run.eval.get('eval_loss', np.zeros(0)))
 
     def column(name, digits):
-      return [round(float(row[name]), digits) for row in rows]
+      values = run.eval.get(name, np.zeros(0))[finite]
+      return [round(float(value), digits) for value in values]
 
     return cls(
       origin=sweep.origin([run]),
       eval_step=column('step', 0),
       eval_loss=column('eval_loss', 5),
-      eval_compat=column('eval_loss_compat', 5),
+      digest=run.path.name.rsplit('-', 1)[-1],
       eval_tokens=column('tokens', 0),
       eval_seconds=column('seconds', 2),
       flops_per_token=run.summary['flops_per_token'],
@@ -181,77 +139,79 @@ class Record(sweep.Result):
     return self.eval_loss[-1] if there else math.inf
 
 
-def trial(method: Method, n: int) -> dict[str, float]:
+def choice(method: Method, n: int) -> Choice:
   """The n-th choice of a method's hyper-parameters.
 
   Points of Halton's sequence, which fill the range evenly however many are
   taken; the first of all, a corner, is left out.
 
   Examples:
-    >>> trial(METHODS['adamw'], 0)
-    {'learning_rate': 0.002, 'b2': 0.9784...}
-    >>> [trial(METHODS['muon'], n)['learning_rate'] for n in range(3)]
-    [0.01, 0.005, 0.02]
+    >>> choice(METHODS['adamw'], 0)
+    (0.002, 0.97846)
+    >>> [choice(METHODS['sgd_sai'], n) for n in range(2)]
+    [(0.1, None), (0.05, None)]
   """
   sequence = qmc.Halton(2, scramble=False).fast_forward(n + 1)
   x, y = sequence.random(1)[0]
   low, high = method.range()
-  rate = low * (high / low) ** x
-  chosen = {'learning_rate': float(f'{rate:.4g}')}
-  if method.decay:
-    left = DECAYS[0] * (DECAYS[1] / DECAYS[0]) ** y
-    chosen['b2'] = float(f'{1 - left:.5g}')
-  return chosen
+  rate = float(f'{low * (high / low) ** x:.4g}')
+  if not method.decay:
+    return rate, None
+  return rate, float(f'{1 - DECAYS[0] * (DECAYS[1] / DECAYS[0]) ** y:.5g}')
 
 
-def run(
-  name: str,
-  workload: Workload,
-  method: Method,
-  choice: Mapping[str, float],
-  seed: int,
-  data_dir: str,
-) -> sweep.Run:
-  """The run of a trial."""
+def make_run(key: sweep.Key, method: Method, data_dir: str) -> sweep.Run:
+  """The run of a key; its name ends in a digest of all that it is."""
+  name, label, rate, b2, seed = key
+  workload = WORKLOADS[name]
   optimizer = {
     'weight_decay': 0.0,
-    **method.arguments(workload.steps, workload.dim),
-    **choice,
+    **method.arguments(workload),
+    'learning_rate': rate,
   }
+  if b2 is not None:
+    optimizer[method.decay] = b2
+  once = seed in FRESH  # it is judged by its end alone
+  every = 0 if once else workload.steps // 20
   values = {
     'steps': workload.steps,
     'seed': seed,
     'batch_size': workload.batch,
-    'clip_norm': 1.0,
-    'compat_eval': True,
+    'clip_norm': method.clip_norm,
     'schedule.warmup_steps': workload.steps // 10,
-    'data.data_dir': data_dir,
+    'data.name': workload.data,
     'data.sequence_length': workload.length,
     'data.mode': workload.mode,
     'data.seed': seed,
-    'eval.every': workload.steps // 20,
+    'eval.every': every,
     'eval.batch_size': workload.batch * 8,
-    'eval.tokens': workload.eval_tokens,
+    'eval.tokens': workload.last_tokens if once else workload.eval_tokens,
     'checkpoint.every': 0,
-    'log.every': workload.steps // 20,
+    'log.every': max(workload.steps // 20, 1),
     'log.tensorboard': False,
-    **method.values,
     **{f'model.{k}': v for k, v in workload.model.items()},
     **{f'optimizer.{k}': v for k, v in optimizer.items()},
   }
+  data = 'c4' if workload.data.startswith('c4') else 'stdlib'
   arguments = (
-    f'size={workload.size},data=stdlib,matmul={workload.matmul},'
+    f'size={workload.size},data={data},matmul={workload.matmul},'
     f'opt={method.optimizer}'
   )
-  return sweep.Run(name, arguments, values)
+  text = json.dumps([arguments, values], sort_keys=True)
+  digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+  return sweep.Run(
+    f'{name}/{label.replace(" ", "_")}-{seed}-{digest}',
+    arguments,
+    values | {'data.data_dir': data_dir},
+  )
 
 
 class Benchmark:
-  """The trials of methods on workloads.
+  """The runs of methods on workloads.
 
   Args:
     workdir: of the runs and the file of their records.
-    data_dir: where the corpus is.
+    data_dir: where the data sets are.
     jobs: runs at a time.
     train: whether to train what is missing.
     methods: by name.
@@ -263,32 +223,34 @@ class Benchmark:
     data_dir: str = 'data',
     jobs: int = 2,
     train: bool = True,
-    methods: Mapping[str, Method] = types.MappingProxyType(
-      METHODS | CANDIDATES
-    ),
+    methods: Mapping[str, Method] | None = None,
   ):
-    self.methods, self._train, self._data_dir = methods, train, data_dir
-    self._workdir = workdir
-    self._results = sweep.Results(
-      workdir / 'benchmark.json',
-      FIELDS,
-      self.run,
-      sweep.Sweep(workdir, jobs, compiled=False),
-      kind=Record,
+    self.methods = dict(METHODS if methods is None else methods)
+    self.train = train
+    self._workdir, self._data_dir = workdir, data_dir
+    make = functools.partial(
+      sweep.Results, workdir / 'benchmark.json', FIELDS, self.run, kind=Record
     )
+    # Trials count what they compile; later runs of one choice need not.
+    self._results = make(sweep.Sweep(workdir, jobs, compiled=False))
+    self._again = make(sweep.Sweep(workdir, jobs), of=self._results.of)
 
   def run(self, key: sweep.Key) -> sweep.Run:
-    """The run of a key (workload, method, study, trial)."""
-    workload, name, study, n = key
-    method = self.methods[name]
-    return run(
-      f'{workload}/{name}-{study}-{n}',
-      WORKLOADS[workload],
-      method,
-      trial(method, study * TRIALS + n),
-      study,
-      self._data_dir,
-    )
+    """The run of a key."""
+    return make_run(key, self.methods[key[1]], self._data_dir)
+
+  def record(self, key: sweep.Key) -> Record | None:
+    """What is known of a run; nothing if it had another config."""
+    return self._results.of[key] if self._results.known(key) else None
+
+  def study_keys(
+    self, workload: str, method: str, study: int
+  ) -> list[sweep.Key]:
+    """The keys of a study's trials."""
+    return [
+      (workload, method, *choice(self.methods[method], n), study)
+      for n in range(study * TRIALS, (study + 1) * TRIALS)
+    ]
 
   def get(
     self,
@@ -296,19 +258,24 @@ class Benchmark:
     methods: Iterable[str],
     studies: Sequence[int] = range(STUDIES),
   ) -> None:
-    """Trains what is missing of the trials of methods."""
-    keys = [
-      (workload, name, study, n)
+    """Trains what is missing of the trials, and of those of the target."""
+    methods = list(methods)
+    wanted = [
+      key
       for study in studies
       for name in methods
-      for n in range(TRIALS)
+      for key in self.study_keys(workload, name, study)
     ]
-    self._results.get(keys, train=self._train)
+    target = WORKLOADS[workload].target
+    if target and BASE in methods:
+      for study in range(STUDIES):
+        wanted += self.study_keys(target, BASE, study)
+    self._results.get(wanted, train=self.train)
 
   def study(self, workload: str, method: str, study: int) -> list[Record]:
     """The trials of a study that are there."""
-    keys = [(workload, method, study, n) for n in range(TRIALS)]
-    return [self._results.of[k] for k in keys if k in self._results.of]
+    found = map(self.record, self.study_keys(workload, method, study))
+    return [record for record in found if record]
 
   def whole(self, workload: str, method: str) -> bool:
     """Whether no trial is missing."""
@@ -316,17 +283,23 @@ class Benchmark:
       len(self.study(workload, method, s)) == TRIALS for s in range(STUDIES)
     )
 
-  def finals(self, workload: str, method: str) -> list[float]:
-    """Of each study the least final loss."""
+  def trials(
+    self, workload: str, method: str
+  ) -> Iterator[tuple[float, sweep.Key]]:
+    """Final loss and key of all trials that are there."""
     steps = WORKLOADS[workload].steps
-    return [
-      min(r.final(steps) for r in self.study(workload, method, s))
-      for s in range(STUDIES)
-    ]
+    for study in range(STUDIES):
+      for key in self.study_keys(workload, method, study):
+        if record := self.record(key):
+          yield record.final(steps), key
 
   def target(self, workload: str) -> float:
     """The loss to be reached."""
-    return statistics.median(self.finals(workload, BASE))
+    return statistics.median(
+      min(loss for loss, key in self.trials(target, BASE) if key[-1] == study)
+      for target in [WORKLOADS[workload].target]
+      for study in range(STUDIES)
+    )
 
   def took(self, workload: str, method: str, axis: str) -> list[float]:
     """What each study scores on an axis."""
@@ -340,20 +313,52 @@ class Benchmark:
       for s in range(STUDIES)
     ]
 
-  def best_trial(self, workload: str, method: str, study: int) -> int:
-    """The trial that ended lowest."""
-    steps = WORKLOADS[workload].steps
-    found = self.study(workload, method, study)
-    return min(range(len(found)), key=lambda n: found[n].final(steps))
+  def best(self, workload: str, method: str) -> Choice:
+    """The choice that ended lowest of all trials."""
+    _, key = min(self.trials(workload, method))
+    return key[2], key[3]
 
-  def best(self, workload: str, method: str, study: int) -> dict[str, float]:
-    """Its choice of hyper-parameters."""
-    n = self.best_trial(workload, method, study)
-    return trial(self.methods[method], study * TRIALS + n)
+  def _fresh_keys(self, workload, method, chosen):
+    return [(workload, method, *chosen, seed) for seed in FRESH]
 
-  def origins(self) -> list[str]:
+  def judge(
+    self, workload: str, methods: Iterable[str], chosen: Choice | None = None
+  ) -> None:
+    """Trains the best choice, or one that is given, with fresh seeds."""
+    own = [
+      self._fresh_keys(workload, name, chosen or self.best(workload, name))
+      for name in methods
+      if chosen or self.whole(workload, name)
+    ]
+    # Seed by seed, so that two runs at a time are of two methods.
+    by_seed = [k for keys in zip(*own, strict=True) for k in keys]
+    self._again.get(by_seed, train=self.train)
+
+  def finals(
+    self, workload: str, method: str, chosen: Choice | None = None
+  ) -> np.ndarray:
+    """Final losses of the fresh seeds; empty if one is missing."""
+    if not chosen and not self.whole(workload, method):
+      return np.zeros(0)
+    chosen = chosen or self.best(workload, method)
+    found = map(self.record, self._fresh_keys(workload, method, chosen))
+    found = [record for record in found if record]
+    if len(found) < len(FRESH):
+      return np.zeros(0)
+    return np.array([r.final(WORKLOADS[workload].steps) for r in found])
+
+  def origins(self, keys: Iterable[sweep.Key] | None = None) -> list[str]:
     """Which code ran how many of the runs on what."""
-    return self._results.origins(self._results.of)
+    keys = self._results.of if keys is None else keys
+    return self._results.origins(keys)
+
+  def origins_of(
+    self, workload: str, method: str, chosen: Choice | None = None
+  ) -> list[str]:
+    """Likewise of the runs that judge a choice, and those it was made by."""
+    keys = [key for _, key in self.trials(workload, method) if not chosen]
+    chosen = chosen or self.best(workload, method)
+    return self.origins([*keys, *self._fresh_keys(workload, method, chosen)])
 
   def bytes_of_step(self, workload: str, method: str) -> float:
     """What the compiled step takes, its state and batch included, on a CPU.
@@ -361,13 +366,14 @@ class Benchmark:
     Compiled in a process of its own and kept in WORKDIR/bytes.json; NaN if it
     is not there and nothing may be trained.
     """
-    path, name = self._workdir / 'bytes.json', f'{workload}/{method}'
+    key = self.study_keys(workload, method, 0)[0]
+    run = self.run(key)
+    path = self._workdir / 'bytes.json'
     known = json.loads(path.read_text()) if path.exists() else {}
-    if name not in known:
-      if not self._train:
+    if run.name not in known:
+      if not self.train:
         return math.nan
-      argv = self.run((workload, method, 0, 0)).command(self._workdir)
-      config, _, *overrides = argv[3:]
+      config, _, *overrides = run.command(self._workdir)[3:]
       plan = subprocess.run(
         [
           *(sys.executable, '-m', 'frugax.plan', '--topology=cpu', '--json'),
@@ -376,6 +382,6 @@ class Benchmark:
         stdout=subprocess.PIPE,
         check=True,
       )
-      known[name] = json.loads(plan.stdout)['needed']
+      known[run.name] = json.loads(plan.stdout)['needed']
       path.write_text(json.dumps(known, indent=1, sort_keys=True) + '\n')
-    return known[name]
+    return known[run.name]

@@ -1,22 +1,34 @@
 """The optimizers that the benchmark judges, and what of each it tries.
 
 Each has its learning rate and, if it has a second moment, that one's decay
-tried, from ranges of equal width: a factor of 16 in the rate, about the rate
-that its paper takes or a multiple that is known from shorter comparisons
-(low_rank/compare.log), and b2 from 0.9 to 0.999. All else is the paper's.
-Subspaces have a fourth of the model dimension. What papers do every 200 of
-10,000 steps is done as often in the run, every fiftieth part of it; LDAdam and
-our own follow the gradient as often as they say.
+tried, from ranges of equal width: a factor of 16 in the rate, and b2 from 0.9
+to 0.999. The middle of the rates is the best that shorter runs found
+(low_rank/compare.log, stability/stability.log), which for most is a few times
+what their papers take at 60M and more; `studies/benchmark.py` marks a best
+choice that lies at the edge.
+
+All else is the paper's, but for this. Subspaces have a fourth of the model's
+dimension and are found anew every 40 steps, where papers have 100 to 200 of
+10,000 and more: 40 steps are several memories of b1, and a run has a dozen
+refreshes; COAP's sketch comes every 8, its decomposition every 40. SPAM and
+Stable-SPAM reset their moments every fifth of a run (papers: every twentieth to
+fortieth), as a shorter interval is none beside b2. LISA trains one of three
+layers at a time, plain Adam embedding and head. `adamw_bf16` has its moments
+rounded to nearest in bfloat16, once a step, and weights in float32; in the
+papers' code weights are bfloat16, too, and V is rounded twice.
 """
 
 import dataclasses
-import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from studies.workloads import Workload
+
 WIDTH = 16.0  # the greatest learning rate that is tried over the least
 DECAYS = (0.1, 0.001)  # 1 - b2
-_NONE: Mapping[str, Any] = types.MappingProxyType({})
+INTERVAL = 40  # steps from one refresh of the subspaces to the next
+# The moments of a model as small as the benchmark's are coded as well.
+_SMALLEST = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,19 +38,17 @@ class Method:
   Attributes:
     optimizer: the name in the config.
     rate: the middle of the learning rates to try, in the logarithm.
-    decay: whether b2 is tried, too.
-    arguments: of the optimizer, beside those, of the steps of a run and the
-      model's dimension.
-    values: of the config, beside the optimizer's.
-    projector: whether the paper's needs singular vectors.
+    decay: the argument that is the second moment's decay; '' has none.
+    arguments: of the optimizer, beside those.
+    clip_norm: of the gradient; 0 for those that clip by themselves.
     paper: whose method; '' is ours.
   """
 
   optimizer: str
   rate: float
-  decay: bool = True
-  arguments: Callable[[int, int], Mapping[str, Any]] = lambda steps, dim: _NONE
-  values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  decay: str = 'b2'
+  arguments: Callable[[Workload], Mapping[str, Any]] = lambda workload: {}
+  clip_norm: float = 1.0
   paper: str = ''
 
   def range(self) -> tuple[float, float]:
@@ -51,80 +61,62 @@ class Method:
     return self.rate / WIDTH**0.5, self.rate * WIDTH**0.5
 
 
-def _low_rank(**more):
-  def arguments(steps, dim):
-    return {'rank': dim // 4, 'update_interval': max(steps // 50, 1), **more}
-
-  return arguments
+def _always(**arguments):
+  return lambda workload: arguments
 
 
-def _spam(steps, dim):
-  # Of 20,000 steps the paper resets every 500, of which 150 are warm-up.
-  interval = max(steps // 5, 10)
+def _low_rank(interval=INTERVAL, **more):
+  return lambda w: {'rank': w.dim // 4, 'update_interval': interval, **more}
+
+
+def _spam(workload):
+  interval = max(workload.steps // 5, 10)  # of which 3/10 are warm-up
   return {'reset_interval': interval, 'warmup_steps': 3 * interval // 10}
 
 
-def _stable_spam(steps, dim):
-  return {'reset_interval': max(steps // 5, 10), 'total_steps': steps}
+def _stable_spam(workload):
+  # The paper's decays for 16 bits and for 4.
+  sixteen = {'gamma1': 0.85, 'gamma2': 0.99999}
+  return {
+    'reset_interval': max(workload.steps // 5, 10),
+    'total_steps': workload.steps,
+    **(sixteen if workload.matmul in ('f32', 'bf16') else {}),
+  }
 
 
-# They clip by themselves.
-_UNCLIPPED = types.MappingProxyType({'clip_norm': 0.0})
+_KINGMA = 'Kingma and Ba, arXiv 1412.6980'
+_NGUYEN = 'Nguyen and Nguyen, 2411.07120'
+_ZHU = 'Zhu et al., 2412.05270'
+_TABLES = 'as in the tables of GaLore and those after it'
+_CODED = {'state_codec': 'dynamic8', 'state_min_size': _SMALLEST}
 
 METHODS = {
-  'adamw': Method('adamw', 2e-3, paper='Kingma and Ba, arXiv 1412.6980'),
+  'adamw': Method('adamw', 2e-3, paper=_KINGMA),
   'adamw_bf16': Method(
-    'adamw',
-    2e-3,
-    # To nearest, as in the published tables.
-    arguments=lambda steps, dim: {'state_codec': 'bf16'},
-    paper='as in the tables of GaLore and those after it',
+    'adamw', 2e-3, arguments=_always(state_codec='bf16'), paper=_TABLES
   ),
   'adamw_8bit': Method(
     'adamw',
     2e-3,
-    arguments=lambda steps, dim: {
-      'state_codec': 'dynamic8',
-      'state_min_size': 256,
-    },
+    arguments=_always(**_CODED),
     paper='Dettmers et al., 2110.02861',
-  ),
-  # As Hugging Face's default and the papers have it, which the others tune.
-  'adamw_999': Method(
-    'adamw',
-    2e-3,
-    decay=False,
-    arguments=lambda steps, dim: {'b2': 0.999},
-    paper='Kingma and Ba, arXiv 1412.6980',
-  ),
-  'adamw_bf16_999': Method(
-    'adamw',
-    2e-3,
-    decay=False,
-    arguments=lambda steps, dim: {'b2': 0.999, 'state_codec': 'bf16'},
-    paper='as in the tables of GaLore and those after it',
   ),
   'galore': Method(
     'galore',
-    1e-2,
+    2e-2,
     arguments=_low_rank(scale=0.25, projector='svd'),
     paper='Zhao et al., 2403.03507',
   ),
   'q_galore': Method(
     'q_galore',
-    1e-2,
-    arguments=_low_rank(scale=0.25, projector='svd'),
+    2e-2,
+    arguments=_low_rank(scale=0.25, projector='svd', min_size=_SMALLEST),
     paper='Zhang et al., 2407.08296',
   ),
   'coap': Method(
     'coap',
-    1e-2,
-    # Decomposes as often as the others: every fifth of its refreshes.
-    arguments=lambda steps, dim: {
-      'rank': dim // 4,
-      'update_interval': max(steps // 250, 1),
-      'scale': 0.25,
-    },
+    2e-2,
+    arguments=_low_rank(INTERVAL // 5, scale=0.25),
     paper='Xiao et al., 2412.00071',
   ),
   'fira': Method(
@@ -133,102 +125,128 @@ METHODS = {
     arguments=_low_rank(scale=0.25, projector='svd'),
     paper='Chen et al., 2410.01623',
   ),
-  'apollo': Method(
-    'apollo', 1e-2, arguments=_low_rank(), paper='Zhu et al., 2412.05270'
-  ),
+  'apollo': Method('apollo', 1e-2, arguments=_low_rank(), paper=_ZHU),
   'apollo_mini': Method(
     'apollo_mini',
-    1e-2,
-    arguments=lambda steps, dim: {
-      'update_interval': max(steps // 50, 1),
-      'scale': dim / 4,
-    },
-    paper='Zhu et al., 2412.05270',
+    4e-3,
+    arguments=lambda w: {'update_interval': INTERVAL, 'scale': w.dim / 4},
+    paper=_ZHU,
   ),
   'ldadam': Method(
     'ldadam',
-    4e-3,
-    arguments=lambda steps, dim: {'rank': dim // 4},
+    8e-3,
+    arguments=lambda w: {'rank': w.dim // 4},
     paper='Robert et al., 2410.16103',
   ),
-  'adam_sn': Method('adam_sn', 5e-2, paper='Nguyen and Nguyen, 2411.07120'),
+  'adam_sn': Method('adam_sn', 2e-2, paper=_NGUYEN),
   'snsm': Method(
-    'snsm',
-    5e-2,
-    arguments=_low_rank(projector='svd'),
-    paper='Nguyen and Nguyen, 2411.07120',
+    'snsm', 1e-2, arguments=_low_rank(projector='svd'), paper=_NGUYEN
   ),
   'spam': Method(
     'spam',
     2e-3,
     arguments=_spam,
-    values=_UNCLIPPED,
+    clip_norm=0.0,
     paper='Huang et al., 2501.06842',
   ),
   'stable_spam': Method(
     'stable_spam',
     2e-3,
     arguments=_stable_spam,
-    values=_UNCLIPPED,
+    clip_norm=0.0,
     paper='Huang et al., 2502.17055',
   ),
-  'lisa': Method('lisa', 2e-3, paper='Pan et al., 2403.17919'),
-  'sgd_sai': Method(
-    'sgd_sai', 1e-1, decay=False, paper='Xu et al., 2412.11768'
+  'lisa': Method(
+    'lisa', 2e-3, arguments=_always(active=1), paper='Pan et al., 2403.17919'
   ),
-  'muon': Method('muon', 1e-2, decay=False, paper='Jordan et al., 2024'),
+  'sgd_sai': Method('sgd_sai', 1e-1, decay='', paper='Xu et al., 2412.11768'),
+  'muon': Method('muon', 1e-2, decay='adam_b2', paper='Jordan et al., 2024'),
 }
 
 
-def _ours(optimizer, rate, every=5, **more):
-  """A combination of parts, whose subspaces turn every few steps."""
+@dataclasses.dataclass(frozen=True)
+class Parts:
+  """A combination of parts, all of which `low_rank` and its like put together.
 
-  def arguments(steps, dim):
-    return {
-      'rank': dim // 4,
-      'update_interval': every,
-      'projector': 'sketch',
-      **more,
-    }
+  Attributes:
+    projector: 'sketch', 'sketch2' or 'random'; no SVD.
+    every: steps from one refresh to the next.
+    refresh: 'together' or 'staggered'.
+    moments: what becomes of them at a refresh.
+    residual: of the gradient outside of the subspace: 'drop', 'fira', 'channel'
+      or 'tensor'.
+    second: 'adam', or 'subset': one a row or column, outside of the subspace.
+    codec: of the moments: 'f32', 'dynamic8' or 'dynamic4'.
+  """
 
-  return Method(optimizer, rate, arguments=arguments)
+  projector: str = 'sketch'
+  every: int = 5
+  refresh: str = 'together'
+  moments: str = 'ldadam'
+  residual: str = 'drop'
+  second: str = 'adam'
+  codec: str = 'dynamic8'
+
+  @property
+  def name(self) -> str:
+    """What differs from the defaults.
+
+    Examples:
+      >>> Parts().name, Parts(every=1, residual='fira').name
+      ('ours', 'ours every=1 residual=fira')
+    """
+    own, first = dataclasses.asdict(self), dataclasses.asdict(Parts())
+    return ' '.join(
+      ['ours', *(f'{k}={v}' for k, v in own.items() if v != first[k])]
+    )
+
+  @property
+  def valid(self) -> bool:
+    """Whether its parts go together, and each has an effect."""
+    if self.second == 'subset':
+      return self.residual == 'drop' and self.moments != 'ldadam'
+    if self.projector == 'random':  # has no basis to turn
+      return self.moments == 'keep'
+    return self.refresh == 'together' or self.residual in ('drop', 'fira')
+
+  def method(self) -> Method:
+    """The combination as the benchmark takes it."""
+    bits = {'f32': None, 'dynamic8': 'int8', 'dynamic4': 'int4'}[self.codec]
+    more = {'projector': self.projector, 'moments': self.moments}
+    if bits:
+      more |= {
+        'state_codec': self.codec,
+        'state_min_size': _SMALLEST,
+        'projector_dtype': bits,
+      }
+    if self.second == 'subset':
+      optimizer, rate = 'snsm', 1e-2
+    elif self.residual in ('channel', 'tensor'):
+      optimizer, rate = 'apollo', 1e-2
+      more |= {'scale': 1.0, 'residual': self.residual}
+    else:
+      optimizer, rate = {'drop': ('galore', 2e-2), 'fira': ('fira', 1e-2)}[
+        self.residual
+      ]
+      more |= {'scale': 0.25}
+    if optimizer != 'apollo':
+      more |= {'refresh': self.refresh}
+    return Method(optimizer, rate, arguments=_low_rank(self.every, **more))
 
 
-# The moments of a model as small as the benchmark's are coded as well.
-_8BIT = {
-  'state_codec': 'dynamic8',
-  'state_min_size': 256,
-  'projector_dtype': 'int8',
-}
-_BASE = {'moments': 'ldadam', 'scale': 0.25, **_8BIT}
-
-# What is searched for a recipe of our own: from galore with a sketch every five
-# steps, moments that turn with it and eight bits, one part changed at a time.
-CANDIDATES = {
-  'ours': _ours('galore', 1e-2, **_BASE),
-  # projector
-  'ours_random': _ours('galore', 1e-2, **_BASE | {'projector': 'random'}),
-  'ours_sketch2': _ours('galore', 1e-2, **_BASE | {'projector': 'sketch2'}),
-  # refresh
-  'ours_1': _ours('galore', 1e-2, every=1, **_BASE),
-  'ours_20': _ours('galore', 1e-2, every=20, **_BASE),
-  'ours_staggered': _ours('galore', 1e-2, **_BASE | {'refresh': 'staggered'}),
-  # moments
-  'ours_keep': _ours('galore', 1e-2, **_BASE | {'moments': 'keep'}),
-  'ours_rotate': _ours('galore', 1e-2, **_BASE | {'moments': 'rotate'}),
-  # residual
-  'ours_fira': _ours('fira', 1e-2, **_BASE),
-  'ours_channel': _ours('apollo', 1e-2, **_BASE | {'scale': 1.0}),
-  'ours_tensor': _ours(
-    'apollo', 1e-2, **_BASE | {'scale': 1.0, 'residual': 'tensor'}
-  ),
-  # second moment
-  'ours_subset': _ours('snsm', 5e-2, moments='rotate', **_8BIT),
-  # codec
-  'ours_f32': _ours('galore', 1e-2, moments='ldadam', scale=0.25),
-  'ours_4bit': _ours(
-    'galore',
-    1e-2,
-    **_BASE | {'state_codec': 'dynamic4', 'projector_dtype': 'int4'},
-  ),
-}
+# One part changed at a time.
+CHANGES = (
+  Parts(projector='random', moments='keep'),  # turns only bases
+  Parts(projector='sketch2'),
+  Parts(every=1),
+  Parts(every=20),
+  Parts(every=20, refresh='staggered'),
+  Parts(moments='keep'),
+  Parts(moments='rotate'),
+  Parts(residual='fira'),
+  Parts(residual='channel'),
+  Parts(residual='tensor'),
+  Parts(second='subset', moments='rotate'),  # has no ldadam's
+  Parts(codec='f32'),
+  Parts(codec='dynamic4'),
+)

@@ -3,9 +3,9 @@
     python research/studies/pareto.py research/studies/logs
 
 WORKDIR has a benchmark.json, as the one that ships. Writes pareto.png there and
-prints the points: of each method the final loss, mean of its studies, and all
-bytes of its state, embedding and head included. On the front lies what no other
-method beats in both.
+prints the points: of each method the final loss, mean over seeds that its
+choice was not made by, and all bytes of its state, embedding and head included.
+On the front lies what no other method beats in both.
 """
 
 import argparse
@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from studies import harness, seeds
+from studies import harness, search, seeds
+from studies.workloads import WORKLOADS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +30,11 @@ class Point:
 
 
 def points(bench: harness.Benchmark, workload: str) -> list[Point]:
-  """Of every method whose trials are all there and whose studies all ended."""
+  """Of every method whose runs are all there, and ended."""
   found = []
   for name in bench.methods:
-    if not bench.whole(workload, name):
-      continue
-    finals = np.array(bench.finals(workload, name))
-    if np.isfinite(finals).all():
+    finals = bench.finals(workload, name)
+    if finals.size and np.isfinite(finals).all():
       size = bench.study(workload, name, 0)[0].state_bytes
       found.append(Point(name, size, *seeds.interval(finals)))
   return found
@@ -59,10 +58,10 @@ def front(all_points: Sequence[Point]) -> list[Point]:
 def table(all_points: Sequence[Point]) -> str:
   """A row a method, by growing bytes; a star is on the front."""
   best = front(all_points)
-  lines = [f'{"":18}{"state bytes":>12}{"loss":>9}{"+-":>8}']
+  lines = [f'{"":34}{"state bytes":>12}{"loss":>9}{"+-":>8}']
   for p in sorted(all_points, key=lambda p: p.state_bytes):
     lines.append(
-      f'{p.name:18}{p.state_bytes:12,}{p.loss:9.4f}{p.half:8.4f}'
+      f'{p.name:34}{p.state_bytes:12,}{p.loss:9.4f}{p.half:8.4f}'
       f'{" *" * (p in best)}'
     )
   return '\n'.join(lines)
@@ -106,24 +105,22 @@ def picture(path: pathlib.Path, all_points: Sequence[Point], title: str):
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('workdir', type=pathlib.Path)
-  parser.add_argument(
-    '--workload', choices=tuple(harness.WORKLOADS), default='packed'
-  )
+  parser.add_argument('--workload', choices=tuple(WORKLOADS), default='packed')
   args = parser.parse_args()
-  bench = harness.Benchmark(args.workdir, train=False)
+  bench = search.with_candidates(args.workdir, train=False)
   found = points(bench, args.workload)
   if not found:
     parser.error(
       f'{args.workdir}/benchmark.json has no method whole on {args.workload};'
       ' run studies/benchmark.py first'
     )
-  own = harness.WORKLOADS[args.workload]
+  own = WORKLOADS[args.workload]
   print(table(found))
   picture(
     args.workdir / 'pareto.png',
     found,
     f'workload {args.workload}: {own.steps * own.slots:,} tokens; mean and 95 %'
-    f' interval of {harness.STUDIES} studies',
+    f' interval of {len(harness.FRESH)} seeds',
   )
 
 

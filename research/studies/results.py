@@ -3,17 +3,16 @@
     python research/studies/results.py
 
 Nothing in RESULTS.md is written by hand: tables, verdicts and what did not work
-are read from studies/logs, which is a WORKDIR of studies/benchmark.py and
-studies/claims without the runs' folders. Each table names the command that
-makes its logs.
+are read from studies/logs, which is a WORKDIR of studies/benchmark.py,
+studies/search.py and studies/claims without the runs' folders. Each table names
+the command that makes its logs.
 """
 
 import argparse
-import json
 import math
 import pathlib
 
-from studies import benchmark, harness, pareto, sweep
+from studies import benchmark, harness, pareto, search, sweep
 from studies.claims import claim
 from studies.claims.__main__ import ALL
 from studies.methods import METHODS
@@ -28,46 +27,43 @@ def text(logs: pathlib.Path) -> str:
   """All of it, in Markdown.
 
   Args:
-    logs: has benchmark.json, bytes.json, claims.json and pareto.png.
+    logs: has benchmark.json, bytes.json, search.json, measured.json, and the
+      files of the studies that claims look at.
   """
-  bench = harness.Benchmark(logs, train=False)
-  found = json.loads((logs / 'claims.json').read_text())
+  bench = search.with_candidates(logs, train=False)
+  verdicts, claims = _claims(claim.Lab(logs, train=False))
   parts = [
     '# Results',
     f'Made by `python research/studies/results.py` from `{_SHIPPED}`; not'
     ' edited by hand. What is equal between rows, how hyper-parameters are'
-    ' tried and what counts is told in `research/studies/harness.py`. Seeds are'
-    ' 0, 1 and 2, one a study.',
+    ' tried and what counts is told in `research/studies/harness.py`. Trials'
+    f' have seeds 0 to {harness.STUDIES - 1}, one a study; what judges a choice'
+    f' has seeds {harness.FRESH[0]} to {harness.FRESH[-1]}.',
     *_benchmark(bench),
     *_pareto(bench),
-    *_claims(found),
-    '## What did not work',
-    *_failures(bench, found),
+    *claims,
+    '## What did not work?',
+    *_failures(bench, verdicts),
   ]
   return '\n\n'.join(parts) + '\n'
 
 
 def _benchmark(bench):
-  parts = [
-    '## What does each optimizer take to the same loss?',
-    _command('python research/studies/benchmark.py runs/benchmark'),
-    'Runs: ' + '; '.join(bench.origins()) + '.',
-  ]
   whole = {
     w: [m for m in METHODS if bench.whole(w, m)] for w in harness.DEFAULT
   }
-  for workload, methods in whole.items():
-    parts.append(_block(benchmark.to_target(bench, workload, methods)))
-  parts.append('## What is the loss at equal tokens?')
-  for workload, methods in whole.items():
-    parts.append(_block(benchmark.losses(bench, workload, methods)))
   everywhere = [m for m in METHODS if all(m in own for own in whole.values())]
-  parts += [
+  return [
+    '## What does each optimizer take to the same loss?',
+    _command('python research/studies/benchmark.py runs/benchmark'),
+    'Runs: ' + '; '.join(bench.origins()) + '.',
+    *(_block(benchmark.to_target(bench, w, own)) for w, own in whole.items()),
+    '## What is the loss at equal tokens?',
+    *(_block(benchmark.losses(bench, w, own)) for w, own in whole.items()),
     '## Who is best over workloads?',
     "AlgoPerf's score of each axis: the area under the performance profile.",
     _block(benchmark.scores(bench, list(whole), everywhere)),
   ]
-  return parts
 
 
 def _pareto(bench):
@@ -79,56 +75,49 @@ def _pareto(bench):
   ]
 
 
-def _claims(found):
-  parts = [
+def _claims(lab):
+  """Verdicts by name, and the section; what is missing has none."""
+  verdicts, texts, rows = {}, [], []
+  for name, one in ALL.items():
+    try:
+      verdicts[name], told = claim.told(one, lab)
+    except claim.Missing:
+      continue
+    rows.append(f'| {one.title} | `{name}` | {verdicts[name]} |')
+    texts.append(_block(told))
+  return verdicts, [
     "## Do the papers' claims hold here?",
     _command('python -m studies.claims runs/benchmark'),
     f'`--only NAME` tells of one. Verdicts: {claim.HOLDS}, {claim.PART},'
-    f' {claim.NOT}, and {claim.OPEN}, where the 95 % interval lies on both'
-    ' sides.',
-    '| claim | name | verdict |\n|---|---|---|\n'
-    + '\n'.join(
-      f'| {one.title} | `{name}` | {found[name]["verdict"]} |'
-      for name, one in ALL.items()
-      if name in found
-    ),
+    f' {claim.NOT}, and {claim.OPEN}, where the interval lies on both sides.',
+    '\n'.join(['| claim | name | verdict |', '|---|---|---|', *rows]),
+    *texts,
   ]
-  for name, one in ALL.items():
-    if name in found:
-      finding = claim.Finding(found[name]['verdict'], found[name]['lines'])
-      parts.append(
-        _block(
-          f'{claim.told(one, finding)}\n  of:      {found[name]["origin"]}'
-        )
-      )
-  return parts
 
 
-def _failures(bench, found):
+def _failures(bench, verdicts):
   lines = [
-    f'- Claim `{name}`: {one.title}: {found[name]["verdict"]}.'
-    for name, one in ALL.items()
-    if name in found and found[name]['verdict'] in (claim.NOT, claim.OPEN)
+    f'- Claim `{name}`: {ALL[name].title}: {verdict}.'
+    for name, verdict in verdicts.items()
+    if verdict in (claim.NOT, claim.OPEN)
   ]
   base = bench.finals('packed', harness.BASE)
-  steps = harness.WORKLOADS['packed'].steps
   for name in METHODS:
-    if name == harness.BASE or not bench.whole('packed', name):
+    finals = bench.finals('packed', name)
+    if name == harness.BASE or not (finals.size and base.size):
       continue
-    mean, half = orders.difference(bench.finals('packed', name), base)
+    mean, half = orders.difference(finals, base)
     if mean - half > 0:
       lines.append(
         f'- `{name}` ends {mean:.4f} +- {half:.4f} nats a token above tuned'
         ' AdamW on `packed`.'
       )
-    trials = [
-      r for s in range(harness.STUDIES) for r in bench.study('packed', name, s)
-    ]
-    if lost := sum(math.isinf(r.final(steps)) for r in trials):
+    ends = [end for end, _ in bench.trials('packed', name)]
+    if lost := sum(map(math.isinf, ends)):
       lines.append(
-        f'- `{name}`: {lost} of {len(trials)} trials on `packed` diverged.'
+        f'- `{name}`: {lost} of {len(ends)} trials on `packed` diverged.'
       )
-  if missing := [name for name in ALL if name not in found]:
+  if missing := [name for name in ALL if name not in verdicts]:
     lines.append(f'- Not tried yet: {", ".join(f"`{n}`" for n in missing)}.')
   return ['\n'.join(lines)]
 

@@ -1,17 +1,25 @@
-"""What three seeds tell."""
+"""What a few seeds tell."""
 
 import math
 
 import numpy as np
+from scipy import stats
 
 SEEDS = (0, 1, 2)
-# Student's t for a two-sided 95 % interval of three values' mean.
-T_95 = 4.303
 
 
-def interval(differences: np.ndarray) -> tuple[float, float]:
-  """Mean of three values and the half width of its 95 % interval."""
-  if len(differences) != len(SEEDS):
-    raise ValueError(f'{len(differences)} values: the interval is that of 3')
-  half = T_95 * differences.std(ddof=1) / math.sqrt(len(SEEDS))
-  return differences.mean(), half
+def interval(
+  values: np.ndarray, confidence: float = 0.95
+) -> tuple[float, float]:
+  """Mean of values and the half width of its interval, by Student's t.
+
+  Examples:
+    >>> mean, half = interval(np.array([1.0, 2.0, 3.0]))
+    >>> print(f'{mean} +- {half:.4f}')
+    2.0 +- 2.4841
+  """
+  n = len(values)
+  if n < 2:
+    raise ValueError(f'{n} values have no interval: give two or more')
+  t = stats.t.ppf((1 + confidence) / 2, n - 1)
+  return values.mean(), float(t * values.std(ddof=1) / math.sqrt(n))

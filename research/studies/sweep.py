@@ -23,9 +23,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import ml_collections
 import numpy as np
 
+from frugax import config as fx_config
 from frugax import report
+from frugax.train import metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 _NOT_FINITE = 'is not finite: loss'  # in what a run that diverged prints last
@@ -54,10 +57,17 @@ class Run:
       *(f'--config.{k}={v}' for k, v in self.values.items()),
     ]
 
+  def config(self) -> ml_collections.ConfigDict:
+    """Its config, for what is done in this process."""
+    config = fx_config.load(f'{ROOT}/configs/llama.py:{self.arguments}')
+    for key, value in self.values.items():
+      fx_config.override(config, key, str(value))
+    return config
+
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-  """Runs under one folder, `jobs` at a time, each on its own cores.
+  """Runs under one folder, `jobs` at a time, each on its own core.
 
   Attributes:
     workdir: has a folder for each run.
@@ -106,11 +116,15 @@ class Sweep:
     return (folder / 'summary.json').exists() or _diverged(folder / 'log.txt')
 
   def _shares(self):
-    """As many parts of the cores as jobs; None where they cannot be parted."""
+    """A core for each job, so that numbers are the same on larger machines.
+
+    None, all of them, for one job alone, which may have a GPU to feed, and
+    where processes cannot be bound.
+    """
     if self.jobs == 1 or not hasattr(os, 'sched_setaffinity'):
       return [None] * self.jobs
     cores = sorted(os.sched_getaffinity(0))
-    return [set(cores[i :: self.jobs]) or None for i in range(self.jobs)]
+    return [{cores[i % len(cores)]} for i in range(self.jobs)]
 
   def _environment(self):
     if self.compiled:
@@ -184,6 +198,7 @@ class Results:
     run: the run of a key.
     sweep: what trains them.
     kind: what is kept of each, a dataclass with `of_run`.
+    of: results to share with others of the same file; None reads it.
   """
 
   def __init__(
@@ -193,23 +208,30 @@ class Results:
     run: Callable[[Key], Run],
     sweep: Sweep,
     kind: type[Result] = Result,
+    of: dict[Key, Result] | None = None,
   ):
     self._path, self._fields = path, fields
     self._run, self._sweep, self._kind = run, sweep, kind
-    self.of: dict[Key, Result] = {}
-    for row in json.loads(path.read_text()) if path.exists() else []:
+    self.of: dict[Key, Result] = {} if of is None else of
+    rows = json.loads(path.read_text()) if path.exists() and of is None else []
+    for row in rows:
       key = tuple(row.pop(field) for field in fields)
       self.of[key] = kind(**row)
 
   def get(self, keys: Iterable[Key], train: bool = True) -> None:
     """Adds the results of keys; those without a run only if it may train."""
-    runs = {key: self._run(key) for key in keys if key not in self.of}
+    runs = {key: self._run(key) for key in keys if not self.known(key)}
     if not train:
       runs = {key: run for key, run in runs.items() if self._sweep.done(run)}
     results = self._sweep.train(runs.values())
     for key, result in zip(runs, results, strict=True):
       self.of[key] = self._kind.of_run(result)
       self._save()
+
+  def known(self, key: Key) -> bool:
+    """Whether the result of a key is there, and not of another config."""
+    digest = getattr(self.of.get(key), 'digest', '')
+    return key in self.of and self._run(key).name.endswith(digest)
 
   def origins(self, keys: Iterable[Key]) -> list[str]:
     """One line for each code: how many of the runs it ran."""
@@ -227,15 +249,24 @@ class Results:
     new.replace(self._path)
 
 
+def here() -> str:
+  """Which code this is, on what: of what is measured in this process."""
+  info = metrics.run_info()
+  return _origin([info['commit']], info)
+
+
 def origin(runs: Sequence[report.Run]) -> str:
   """One line: which code ran on what."""
   summaries = [r.summary for r in runs if 'commit' in r.summary]
   if not summaries:
     return 'a commit unknown, as they diverged'
-  first = summaries[0]
-  commits = ', '.join(sorted({s['commit'][:12] for s in summaries}))
+  return _origin([s['commit'] for s in summaries], summaries[0])
+
+
+def _origin(commits, first):
+  names = ', '.join(sorted({commit[:12] for commit in commits}))
   return (
-    f'commit {commits}{" (changed)" * bool(first["dirty"])},'
+    f'commit {names}{" (changed)" * bool(first["dirty"])},'
     f' jax {first["jax"]}, {first["hardware"]["device_kind"]},'
     f' {os.cpu_count()} cores'
   )

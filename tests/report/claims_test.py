@@ -4,61 +4,85 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from studies import harness, pareto, results, search
-from studies.claims import claim, fira, galore, subset_norm
+from studies import harness, pareto, results, search, seeds
+from studies.claims import (
+  claim,
+  coap,
+  fira,
+  galore,
+  stable_spam_rates,
+  subset_norm,
+  svd,
+)
 from studies.claims.__main__ import ALL
-from studies.methods import CANDIDATES
+from studies.methods import METHODS, Parts
+from studies.recipes.orders import Link
+from studies.workloads import WORKLOADS
 
 
-def _lab(folder, ends):
-  """Runs that ended so; ends: (workload, method) -> the studies' losses."""
+def _lab(folder, ends, parts=()):
+  """Runs that ended so; ends: (workload, method) -> loss of each fresh seed."""
+  methods = METHODS | {p.name: p.method() for p in parts}
+  empty = harness.Benchmark(folder, train=False, methods=methods)
   rows = []
-  for (workload, method), finals in ends.items():
-    steps = harness.WORKLOADS[workload].steps
-    for study, final in enumerate(finals):
-      for n in range(harness.TRIALS):
-        rows.append(
-          {
-            'workload': workload,
-            'method': method,
-            'study': study,
-            'trial': n,
-            'origin': 'a commit',
-            'eval_step': [steps / 2, steps],
-            'eval_loss': [3.0, final + 0.1 * n],
-            'eval_compat': [2.9, final],
-            'eval_tokens': [10, 20],
-            'eval_seconds': [1.0, 2.0],
-            'flops_per_token': 6,
-            'state_bytes': 100,
-            'adam_bytes': 400,
-          }
-        )
+
+  def add(key, loss):
+    steps = WORKLOADS[key[0]].steps
+    rows.append(
+      {
+        **dict(zip(harness.FIELDS, key, strict=True)),
+        'origin': f'the commit of {key[1]}',
+        'eval_step': [steps / 2, steps],
+        'eval_loss': [3.0, loss],
+        'digest': empty.run(key).name.rsplit('-', 1)[-1],
+        'eval_tokens': [10, 20],
+        'eval_seconds': [1.0, 2.0],
+        'flops_per_token': 6,
+        'state_bytes': 100,
+        'adam_bytes': 400,
+      }
+    )
+
+  for (workload, name), finals in ends.items():
+    for study in range(harness.STUDIES):
+      for n, key in enumerate(empty.study_keys(workload, name, study)):
+        add(key, 2.5 + 0.1 * n + study)  # the first of all is the best
+    chosen = harness.choice(methods[name], 0)
+    for seed, loss in zip(harness.FRESH, finals, strict=True):
+      add((workload, name, *chosen, seed), loss)
   (folder / 'benchmark.json').write_text(json.dumps(rows))
   return claim.Lab(folder, train=False)
 
 
-_ADAM = (2.0, 2.1, 2.2)
+_ADAM = np.linspace(2.0, 2.7, len(harness.FRESH))
+_WOBBLE = np.resize([-1.0, 1.0], len(harness.FRESH))
 
 
 @pytest.mark.parametrize(
   ('over', 'verdict'),
   [
-    ((0.0, 0.001, 0.002), claim.HOLDS),
-    ((-0.3, -0.31, -0.32), claim.HOLDS),  # better is as good
-    ((0.2, 0.201, 0.202), claim.NOT),
-    ((-0.2, 0.0, 0.2), claim.OPEN),
+    (0.001 * _WOBBLE, claim.HOLDS),
+    (-0.3 + 0.01 * _WOBBLE, claim.HOLDS),  # better is as good
+    (0.2 + 0.01 * _WOBBLE, claim.NOT),
+    (0.2 * _WOBBLE, claim.OPEN),
+    (np.where(_WOBBLE > 0, np.inf, 0), claim.NOT),  # seeds diverged
   ],
 )
 def test_as_good_as_adam(over, verdict, tmp_path):
-  ends = [a + x for a, x in zip(_ADAM, over, strict=True)]
-  lab = _lab(tmp_path, {('packed', 'adamw'): _ADAM, ('packed', 'galore'): ends})
-  finding = galore.judge(lab)
-  assert finding.verdict == verdict
-  text = claim.told(galore.CLAIM, finding)
-  for said in ('34.88 against 34.06', '600 steps of 4 x 128', '+-', verdict):
+  lab = _lab(
+    tmp_path,
+    {('packed', 'adamw'): _ADAM, ('packed', 'galore'): _ADAM + over},
+  )
+  found, text = claim.told(galore.CLAIM, lab)
+  assert found == verdict
+  for said in (
+    *('34.88 against 34.06', '500 steps of 4 x 128', '+-', verdict),
+    f'{harness.STUDIES * harness.TRIALS + len(harness.FRESH)} runs of the'
+    ' commit of galore',
+  ):
     assert said in text
 
 
@@ -67,8 +91,8 @@ def test_a_part_of_a_claim(tmp_path):
     tmp_path,
     {
       ('packed', 'adamw'): _ADAM,
-      ('half', 'adam_sn'): [x + 0.3 for x in _ADAM],
-      ('half', 'snsm'): [x - 0.3 for x in _ADAM],
+      ('half', 'adam_sn'): _ADAM + 0.3,
+      ('half', 'snsm'): _ADAM - 0.3,
     },
   )
   finding = subset_norm.judge(lab)
@@ -78,14 +102,80 @@ def test_a_part_of_a_claim(tmp_path):
 
 def test_what_is_missing_is_named(tmp_path):
   lab = _lab(tmp_path, {('packed', 'fira'): _ADAM})
-  with pytest.raises(claim.Missing, match='packed: trials of galore'):
+  with pytest.raises(claim.Missing, match='packed: runs of galore'):
     fira.judge(lab)
+  with pytest.raises(claim.Missing, match='svd was not measured'):
+    svd.judge(lab)
+  with pytest.raises(claim.Missing, match='studies/recipes'):
+    claim.order(lab, [Link('bf16', 'quest8', '~')])
+  with pytest.raises(claim.Missing, match='72 runs are missing'):
+    stable_spam_rates.judge(lab)
 
 
-def test_a_seed_that_diverged_decides(tmp_path):
-  lost = [2.0, float('inf'), 2.1]
-  ends = {('packed', 'adamw'): _ADAM, ('packed', 'galore'): lost}
-  assert galore.judge(_lab(tmp_path, ends)).verdict == claim.NOT
+def _measured(folder, name, values):
+  text = json.dumps({name: {'values': values, 'origin': 'here'}})
+  (folder / 'measured.json').write_text(text)
+
+
+@pytest.mark.parametrize(
+  ('sketch', 'energy', 'verdict'),
+  [
+    ([0.4, 0.45, 0.49], 0.99, claim.HOLDS),
+    ([0.4, 0.45, 0.6], 0.99, claim.PART),  # not every time
+    ([0.6, 0.7, 0.8], 0.99, claim.PART),
+    ([0.6, 0.7, 0.8], 0.9, claim.NOT),
+  ],
+)
+def test_every_measurement_counts(sketch, energy, verdict, tmp_path):
+  lab = _lab(tmp_path, {})
+  _measured(tmp_path, 'svd', [[10.0, s, energy] for s in sketch])
+  assert svd.judge(lab).verdict == verdict
+
+
+@pytest.mark.parametrize(
+  ('low', 'high', 'verdict'),
+  [
+    (1.00, 1.01, claim.HOLDS),
+    (1.00, 1.05, claim.PART),  # as good, its time not decided
+    (1.03, 1.05, claim.PART),
+  ],
+)
+def test_the_time_is_judged_by_its_interval(low, high, verdict, tmp_path):
+  same = {('packed', n): _ADAM for n in ('adamw', 'coap')}
+  lab = _lab(tmp_path, same)
+  _measured(tmp_path, 'coap', [(low + high) / 2, low, high])
+  assert coap.judge(lab).verdict == verdict
+
+
+@pytest.mark.parametrize(
+  ('lost', 'verdict'),
+  [
+    ({'adamw': 1.0, 'spam': 1.0, 'stable_spam': 3.0}, claim.HOLDS),
+    ({'adamw': 1.0, 'spam': 3.0, 'stable_spam': 3.0}, claim.PART),
+    ({'adamw': 0.001, 'spam': 0.001, 'stable_spam': 0.003}, claim.HOLDS),
+    ({'adamw': 1.0, 'spam': 1.0, 'stable_spam': 1.0}, claim.NOT),
+  ],
+)
+def test_rates_at_which_seeds_are_lost(lost, verdict, tmp_path, monkeypatch):
+  study = stable_spam_rates.stability
+  monkeypatch.setattr(study, 'entropy', lambda args: 3.0)
+  folder = tmp_path / 'tiny-fp4_sim-200'
+  folder.mkdir()
+  rows = [
+    {
+      'optimizer': name,
+      'learning_rate': rate,
+      'seed': seed,
+      'origin': 'a commit',
+      'eval_step': [200.0],
+      'eval_loss': [3.5 if rate >= first and seed == 1 else 2.5],
+    }
+    for name, first in lost.items()
+    for rate in (study.learning_rate(name, f) for f in study.FACTORS)
+    for seed in seeds.SEEDS
+  ]
+  (folder / 'stability.json').write_text(json.dumps(rows))
+  assert stable_spam_rates.judge(_lab(tmp_path, {})).verdict == verdict
 
 
 def test_each_claim_is_a_command():
@@ -100,29 +190,15 @@ def test_each_claim_is_a_command():
 
 
 def test_results_say_what_did_not_work(tmp_path):
-  lab = _lab(
-    tmp_path,
-    {
-      (w, m): [x + over for x in _ADAM]
-      for w in harness.DEFAULT
-      for m, over in (('adamw', 0.0), ('galore', 0.5), ('muon', -0.5))
-    },
-  )
-  (tmp_path / 'bytes.json').write_text('{"packed/adamw": 1000}')
-  finding = galore.judge(lab)
-  (tmp_path / 'claims.json').write_text(
-    json.dumps(
-      {
-        'galore': {
-          'verdict': finding.verdict,
-          'lines': finding.lines,
-          'origin': 'commit abc',
-        }
-      }
-    )
-  )
+  ends = {
+    (w, m): _ADAM + over
+    for w in harness.DEFAULT
+    for m, over in (('adamw', 0.0), ('galore', 0.5), ('muon', -0.5))
+  }
+  ends |= {(f'{w}_short', 'adamw'): _ADAM for w in harness.DEFAULT}
+  lab = _lab(tmp_path, ends)
   text = results.text(tmp_path)
-  assert '- Claim `galore`' in text and 'commit abc' in text
+  assert '- Claim `galore`' in text and 'the commit of muon' in text
   assert '`galore` ends 0.5000 +- 0.0000 nats a token above tuned' in text
   assert '`muon` ends' not in text and 'Not tried yet: `q_galore`' in text
   assert results.text(tmp_path) == text
@@ -132,15 +208,48 @@ def test_results_say_what_did_not_work(tmp_path):
   assert (tmp_path / 'pareto.png').stat().st_size > 10_000
 
 
+class _Args:
+  data_dir, jobs, report = 'data', 1, True
+
+  def __init__(self, workdir):
+    self.workdir = workdir
+
+
+def test_the_search_puts_together_what_helped(tmp_path, monkeypatch):
+  """By losses that are a sum over the parts."""
+  gain = {'every': 0.1, 'residual': 0.2, 'projector': -0.3}
+
+  def loss(parts):
+    changed = {k for k, v in vars(parts).items() if v != vars(Parts())[k]}
+    return 2.5 - sum(gain.get(k, -0.1) for k in changed)
+
+  own = search.Search(_Args(tmp_path))
+  monkeypatch.setattr(search, 'share', lambda run: 0.09)
+
+  def tries(parts):
+    for p in parts:
+      own.loss[p], own.share[p] = loss(p), 0.09
+    # Too large, and so not chosen, however good.
+    own.share[Parts(codec='f32')] = 0.3
+    own.loss[Parts(codec='f32')] = 1.0
+
+  monkeypatch.setattr(own, 'tries', tries)
+  best = own.run()
+  assert best.every in (1, 20) and best.residual != 'drop'
+  assert best.codec == 'dynamic8' and best.projector == 'sketch'
+  assert all(p.valid for p in own.loss)
+
+
 def test_shares_of_the_candidates(tmp_path):
-  bench = harness.Benchmark(tmp_path, train=False)
+  tried = (Parts(), Parts(codec='f32'), Parts(codec='dynamic4'))
+  methods = METHODS | {p.name: p.method() for p in tried}
+  bench = harness.Benchmark(tmp_path, train=False, methods=methods)
   shares = {
-    name: search.share(bench.run(('packed', name, 0, 0)))
-    for name in (*CANDIDATES, 'adamw', 'adamw_8bit')
+    name: search.share(bench.run(bench.study_keys('packed', name, 0)[0]))
+    for name in ('adamw', 'adamw_8bit', *(p.name for p in tried))
   }
   assert shares['adamw'] == 1.0 and 0.25 < shares['adamw_8bit'] < 0.26
   # A fourth of the moments in a byte each, and the projector in one.
-  assert 0.06 < shares['ours'] <= search.LIMIT < shares['ours_f32']
-  assert shares['ours_4bit'] < shares['ours']
-  allowed = [n for n in CANDIDATES if shares[n] <= search.LIMIT]
-  assert len(allowed) > 8, shares
+  limit = search.LIMIT
+  assert 0.06 < shares['ours'] <= limit < shares['ours codec=f32']
+  assert shares['ours codec=dynamic4'] < shares['ours']

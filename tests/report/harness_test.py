@@ -4,30 +4,30 @@ import json
 import math
 import pathlib
 import random
+import statistics
 
 import jax
 import numpy as np
 import pytest
 
-from frugax import config as fx_config
 from frugax import report
 from frugax.report import scoring
 from frugax.train import phases
-from studies import benchmark, harness
-from studies.methods import CANDIDATES, METHODS, WIDTH
+from studies import benchmark, harness, workloads
+from studies.methods import CHANGES, METHODS, WIDTH, Parts
+from studies.workloads import WORKLOADS
 
-_TRIED = METHODS | CANDIDATES
-
-_CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / 'llama.py'
+_TRIED = METHODS | {p.name: p.method() for p in (Parts(), *CHANGES)}
 _ALL = range(harness.STUDIES * harness.TRIALS)
+_STEPS = WORKLOADS['packed'].steps
 
 
-@pytest.mark.parametrize('name', _TRIED)
+@pytest.mark.parametrize('name', METHODS)
 def test_trials_fill_the_same_width(name):
   """Each method has as many tries, as far apart, as the baseline."""
-  method = _TRIED[name]
-  choices = [harness.trial(method, n) for n in _ALL]
-  rates = [c['learning_rate'] for c in choices]
+  method = METHODS[name]
+  choices = [harness.choice(method, n) for n in _ALL]
+  rates = [rate for rate, _ in choices]
   low, high = method.range()
   assert high / low == pytest.approx(WIDTH)
   assert low <= min(rates) < 1.3 * low and 0.7 * high < max(rates) <= high
@@ -36,34 +36,56 @@ def test_trials_fill_the_same_width(name):
     own = rates[study * harness.TRIALS :][: harness.TRIALS]
     assert min(own) < method.rate * 1.01 and max(own) > method.rate * 0.99
   if method.decay:
-    left = [1 - c['b2'] for c in choices]
+    left = [1 - b2 for _, b2 in choices]
     assert 0.001 <= min(left) < 0.002 and 0.05 < max(left) <= 0.1
 
 
 @pytest.mark.parametrize('name', _TRIED)
 def test_every_method_can_run(name):
   """Whatever is wrong with a config is found before a run is compiled."""
-  workload = harness.WORKLOADS['packed']
-  run = harness.run(
-    'x', workload, _TRIED[name], harness.trial(_TRIED[name], 3), 1, 'data'
-  )
-  config = fx_config.load(f'{_CONFIG}:{run.arguments}')
-  for key, value in run.values.items():
-    fx_config.override(config, key, str(value))
+  method = _TRIED[name]
+  key = ('packed', name, *harness.choice(method, 3), 1)
+  run = harness.make_run(key, method, 'data')
+  config = run.config()
   assert config.data.seed == config.seed == 1
+  assert config.optimizer.learning_rate == key[2]
+  if method.decay:
+    assert config.optimizer[method.decay] == key[3]
   program = phases.Phases(config, jax.devices()[:1]).low
-  assert program.model.config.dim == workload.dim
+  assert program.model.config.dim == WORKLOADS['packed'].dim
 
 
-def _records(losses, *, steps, seconds=1.0, state=100):
-  """A record whose evaluations have these losses."""
+def test_every_workload_has_a_config():
+  for name, workload in WORKLOADS.items():
+    key = (name, 'adamw', 1e-3, 0.99, 0)
+    config = harness.make_run(key, METHODS['adamw'], 'data').config()
+    assert config.steps == workload.steps
+    assert config.data.mode == workload.mode
+    if workload.target:
+      target = WORKLOADS[workload.target]
+      assert target.steps == workload.steps * 3 // 4
+      assert target.data == workload.data and target.size == workload.size
+
+
+def test_blocks_are_short_and_there_are_many():
+  texts = [d['text'] for d in workloads.blocks(validation=True)]
+  sizes = [len(text.encode()) for text in texts]
+  length = WORKLOADS['padded'].length
+  assert statistics.mean(size < length for size in sizes) > 0.4  # are padded
+  assert sum(min(size, length) for size in sizes) > 100_000
+
+
+def _record(key, losses, *, seconds=1.0, state=100, bench):
+  """A row of benchmark.json whose evaluations have these losses."""
   n = len(losses)
+  steps = WORKLOADS[key[0]].steps
   at = [steps * (i + 1) / n for i in range(n)]
   return {
+    **dict(zip(harness.FIELDS, key, strict=True)),
     'origin': 'a commit',
     'eval_step': at,
     'eval_loss': losses,
-    'eval_compat': [x * 0.9 for x in losses],
+    'digest': bench.run(key).name.rsplit('-', 1)[-1],
     'eval_tokens': [x * 7 for x in at],
     'eval_seconds': [x * seconds for x in at],
     'flops_per_token': 6.0,
@@ -72,42 +94,51 @@ def _records(losses, *, steps, seconds=1.0, state=100):
   }
 
 
-def _bench(folder, of, workload='packed'):
-  """A benchmark that finds records; of: method, study, trial -> record."""
-  rows = [
-    {'workload': workload, 'method': m, 'study': s, 'trial': t, **record}
-    for (m, s, t), record in of.items()
-  ]
+def _keys(bench, name, workload='packed'):
+  for study in range(harness.STUDIES):
+    yield from bench.study_keys(workload, name, study)
+
+
+def _write(folder, rows):
   (folder / 'benchmark.json').write_text(json.dumps(rows))
   return harness.Benchmark(folder, train=False)
 
 
 def test_scores_equal_the_rules_taken_literally(tmp_path):
-  """On random logs: the harness beside loops over the records."""
+  """On random logs: the harness beside loops over the rows."""
   rng = random.Random(3)
-  steps, slots = harness.WORKLOADS['packed'].steps, 4 * 128
-  of = {}
-  for name in ('adamw', 'galore', 'muon'):
-    for study in range(harness.STUDIES):
-      for n in range(harness.TRIALS):
-        losses = [rng.uniform(1, 3) for _ in range(20)]
-        cut = 20 if rng.random() < 0.8 else rng.randrange(20)  # it diverged
-        record = _records(losses, steps=steps, seconds=rng.uniform(0.1, 9))
-        for key in record:
-          if key.startswith('eval_'):
-            record[key] = record[key][:cut]
-        of[name, study, n] = record
-  bench = _bench(tmp_path, of)
+  slots = 4 * 128
+  empty = harness.Benchmark(tmp_path, train=False)
+  rows = []
+  for workload, name in (
+    ('packed_short', 'adamw'),
+    *(('packed', name) for name in ('adamw', 'galore', 'muon')),
+  ):
+    for key in _keys(empty, name, workload):
+      losses = [rng.uniform(1, 3) for _ in range(20)]
+      row = _record(key, losses, seconds=rng.uniform(0.1, 9), bench=empty)
+      cut = 20 if rng.random() < 0.8 else rng.randrange(20)  # it diverged
+      rows.append(
+        row | {k: v[:cut] for k, v in row.items() if k.startswith('eval_')}
+      )
+  bench = _write(tmp_path, rows)
+
+  def of(workload, name, study):
+    return [
+      row
+      for row in rows
+      if (row['workload'], row['method'], row['seed'])
+      == (workload, name, study)
+    ]
 
   ends = []
   for study in range(harness.STUDIES):
-    ends.append(
-      min(
-        of['adamw', study, n]['eval_loss'][19]
-        for n in range(harness.TRIALS)
-        if len(of['adamw', study, n]['eval_loss']) == 20
-      )
-    )
+    whole = [
+      row['eval_loss'][19]
+      for row in of('packed_short', 'adamw', study)
+      if len(row['eval_loss']) == 20
+    ]
+    ends.append(min(whole, default=math.inf))
   target = sorted(ends)[1]
   assert bench.target('packed') == target
   for name in ('adamw', 'galore', 'muon'):
@@ -121,70 +152,111 @@ def test_scores_equal_the_rules_taken_literally(tmp_path):
       want = []
       for study in range(harness.STUDIES):
         best = math.inf
-        for n in range(harness.TRIALS):
-          record = of[name, study, n]
-          for i, loss in enumerate(record['eval_loss']):
+        for row in of('packed', name, study):
+          for i, loss in enumerate(row['eval_loss']):
             if loss <= target:
-              best = min(best, value(record, i))
+              best = min(best, value(row, i))
         want.append(best)
       assert bench.took('packed', name, axis) == pytest.approx(want)
-  # AdamW itself gets there in two of three studies, at the latest at the end.
-  assert scoring.of_workload(bench.took('packed', 'adamw', 'steps')) <= steps
+      assert scoring.of_workload(want) == sorted(want)[1]
 
 
-def test_tables_by_hand(tmp_path):
-  steps = harness.WORKLOADS['packed'].steps
-  ends = {
-    'adamw': [2.0, 2.1, 2.2],
-    'galore': [1.9, 2.0, 2.1],
-    'muon': [2.5, 2.5, 2.5],
-  }
-  of = {}
-  for name, own in ends.items():
-    for study, end in enumerate(own):
-      for n in range(harness.TRIALS):
-        worse = 0.5 * (n != study)  # another trial is the best of each study
-        losses = [3.0, end + worse + 0.05, end + worse, end + worse]
-        state = {'adamw': 400, 'galore': 100, 'muon': 200}[name]
-        of[name, study, n] = _records(losses, steps=steps, state=state)
-  (tmp_path / 'bytes.json').write_text('{"packed/adamw": 5000}')
-  bench = _bench(tmp_path, of)
+def _three(folder, monkeypatch):
+  """AdamW, galore, which is better, and muon, which gets nowhere."""
+  monkeypatch.setattr(harness, 'FRESH', (3, 4))
+  empty = harness.Benchmark(folder, train=False)
+  rows = []
+  for key in _keys(empty, 'adamw', 'packed_short'):
+    rows.append(_record(key, [3.0, 2.1 + 0.1 * (key[-1] - 1)], bench=empty))
+  for name, end, state in (
+    ('adamw', 2.0, 400),
+    ('galore', 1.9, 100),
+    ('muon', 2.5, 200),
+  ):
+    for i, key in enumerate(_keys(empty, name)):
+      study, n = divmod(i, harness.TRIALS)
+      own = end + 0.1 * study + 0.5 * (n != study)
+      losses = [3.0, own + 0.15, own, own]
+      rows.append(_record(key, losses, state=state, bench=empty))
+    # The best of all trials is the first of the first study.
+    for seed in harness.FRESH:
+      key = ('packed', name, *harness.choice(METHODS[name], 0), seed)
+      rows.append(_record(key, [end + 0.01 * seed], bench=empty))
+  name = empty.run(empty.study_keys('packed', 'adamw', 0)[0]).name
+  (folder / 'bytes.json').write_text(json.dumps({name: 5000}))
+  return _write(folder, rows)
+
+
+def test_tables_by_hand(tmp_path, monkeypatch):
+  bench = _three(tmp_path, monkeypatch)
+  step = _STEPS / 4
   assert bench.target('packed') == 2.1
-  assert bench.took('packed', 'adamw', 'steps') == [300, 450, math.inf]
-  assert bench.took('packed', 'galore', 'steps') == [300, 300, 450]
+  assert bench.took('packed', 'adamw', 'steps') == [
+    3 * step,
+    3 * step,
+    math.inf,
+  ]
+  assert bench.took('packed', 'galore', 'steps') == [
+    2 * step,
+    3 * step,
+    3 * step,
+  ]
   assert bench.took('packed', 'muon', 'steps') == [math.inf] * 3
-  assert bench.best('packed', 'muon', 1) == harness.trial(
-    METHODS['muon'], harness.TRIALS + 1
+  assert bench.best('packed', 'muon') == harness.choice(METHODS['muon'], 0)
+  assert bench.finals('packed', 'galore').tolist() == [1.93, 1.94]
+  names = ('adamw', 'galore', 'muon')
+
+  def rows(text):
+    return {line.split()[0]: line.split() for line in text.splitlines() if line}
+
+  found = rows(benchmark.to_target(bench, 'packed', names))
+  assert found['adamw'][1:4] == ['375', '[375,', 'never]']
+  assert found['galore'][1:4] == ['375', '[250,', '375]']
+  assert found['galore'][-2:] == ['25.0%', '-']
+  assert found['adamw'][-1] == '5.00k' and found['muon'][1] == 'never'
+  found = rows(benchmark.losses(bench, 'packed', names))
+  assert found['galore'][1] == '1.9350'
+  assert found['galore'][3:5] == ['-0.1000', '0.0000']
+  assert found['muon'][3] == '+0.5000'
+  assert found['adamw'][5] == f'{2.035 * 201 / 202:.4f}'
+  found = rows(benchmark.scores(bench, ['packed'], names))
+  assert [found[n][1] for n in names] == ['1.000', '1.000', '0.000']
+
+
+def test_a_run_of_another_config_does_not_count(tmp_path, monkeypatch):
+  bench = _three(tmp_path, monkeypatch)
+  assert bench.whole('packed', 'galore')
+  other = harness.Benchmark(
+    tmp_path,
+    train=False,
+    methods=METHODS | {'galore': METHODS['coap'], 'muon': METHODS['muon']},
   )
-  text = benchmark.to_target(bench, 'packed', ends)
-  rows = {line.split()[0]: line.split() for line in text.splitlines()}
-  assert rows['adamw'][1:4] == ['450', '[300,', 'never]']
-  assert rows['galore'][1:4] == ['300', '[300,', '450]']
-  assert rows['galore'][-2:] == ['25.0%', '-']
-  assert rows['adamw'][-1] == '5.00k'
-  assert rows['muon'][1] == 'never'
-  rows = {
-    line.split()[0]: line.split()
-    for line in benchmark.losses(bench, 'packed', ends).splitlines()
-  }
-  assert rows['galore'][1:4] == ['2.0000', '-0.1000', '0.0000']
-  assert rows['muon'][1:3] == ['2.5000', '+0.4000']
-  text = benchmark.scores(bench, ['packed'], list(ends))
-  scores = {line.split()[0]: line.split()[1] for line in text.splitlines()[1:]}
-  # galore first; adamw took 1.5 times as much: 1 - 0.5 / 3; muon never.
-  assert scores['galore'] == '1.000' and scores['adamw'] == '0.833'
-  assert scores['muon'] == '0.000'
+  assert other.whole('packed', 'muon') and not other.whole('packed', 'galore')
+  assert not other.finals('packed', 'galore').size
+  # Where the data lie makes no other run.
+  moved = harness.Benchmark(tmp_path, data_dir='elsewhere', train=False)
+  assert moved.whole('packed', 'galore')
+
+
+def test_a_choice_is_judged_by_runs_that_did_not_make_it(tmp_path, monkeypatch):
+  bench = _three(tmp_path, monkeypatch)
+  made_by = {key[-1] for _, key in bench.trials('packed', 'galore')}
+  assert not made_by & set(harness.FRESH)
+  key = ('packed', 'galore', *bench.best('packed', 'galore'), 3)
+  judging = bench.run(key).config()
+  trial = bench.run((*key[:-1], 0)).config()
+  assert judging.eval.every == 0 and trial.eval.every == _STEPS // 20
+  assert judging.eval.tokens > 10 * trial.eval.tokens
+  assert judging.optimizer == trial.optimizer
 
 
 def test_a_record_keeps_what_was_finite():
-  nan = math.nan
   run = report.Run(
-    pathlib.Path('x'),
+    pathlib.Path('runs/packed/adamw-0-abc123'),
     {},
     {
       'step': np.array([30.0, 60.0]),
-      'eval_loss': np.array([3.0, nan]),
-      'eval_loss_compat': np.array([2.7, nan]),
+      'eval_loss': np.array([3.0, math.nan]),
       'tokens': np.array([100.0, 200.0]),
       'seconds': np.array([1.5, 2.0]),
     },
@@ -196,6 +268,7 @@ def test_a_record_keeps_what_was_finite():
     },
   )
   record = harness.Record.of_run(run)
+  assert record.digest == 'abc123'
   assert record.eval_loss == [3.0] and record.eval_seconds == [1.5]
   assert record.final(60) == math.inf and record.final(30) == 3.0
   (one,) = record.evaluations(slots=64)

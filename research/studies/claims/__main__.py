@@ -1,17 +1,11 @@
 """All claims, one after the other.
 
-    python -m frugax.train.corpus --data_dir=data
+    python research/studies/workloads.py --data_dir=data
     python -m studies.claims runs/benchmark | tee claims.log
 
-Interrupted, the same command goes on with the runs that are missing. What came
-of each is kept in WORKDIR/claims.json, with the code and the machine it ran on.
+Interrupted, the same command goes on with the runs that are missing.
 """
 
-import dataclasses
-import json
-import os
-
-from frugax.train import metrics
 from studies.claims import (
   claim,
   coap,
@@ -45,23 +39,11 @@ def main():
   parser.add_argument('--only', nargs='*', choices=tuple(ALL), default=())
   args = parser.parse_args()
   lab = claim.lab_of(args)
-  path = args.workdir / 'claims.json'
-  info = metrics.run_info()
-  origin = (
-    f'commit {info["commit"][:12]}{" (changed)" * bool(info["dirty"])}, jax'
-    f' {info["jax"]}, {info["hardware"]["device_kind"]}, {os.cpu_count()} cores'
-  )
   for name in args.only or ALL:
     try:
-      finding = ALL[name].judge(lab)
+      print(claim.told(ALL[name], lab)[1], end='\n\n', flush=True)
     except claim.Missing as missing:
       print(f'{ALL[name].title}\n  not told: {missing}\n', flush=True)
-      continue
-    print(claim.told(ALL[name], finding), end='\n\n', flush=True)
-    if not args.report:
-      known = json.loads(path.read_text()) if path.exists() else {}
-      known[name] = dataclasses.asdict(finding) | {'origin': origin}
-      path.write_text(json.dumps(known, indent=1) + '\n')
 
 
 if __name__ == '__main__':

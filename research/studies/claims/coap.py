@@ -1,17 +1,20 @@
 """COAP trains as Adam does, and costs 2 % of time."""
 
+import math
+
 import numpy as np
 
 from frugax import config as fx_config
 from studies import bench_step, sweep
 from studies.claims import claim
 
-_GAP = 0.004  # nats: 15.62 against 15.56
+# Of its paper's losses, 15.62 against 15.56.
+_SHARE = math.log(15.62) / math.log(15.56) - 1
 _OVERHEAD = 1.02
-_CYCLE = 160  # steps: five refreshes, one of which decomposes
+_CYCLE = 160  # steps: five refreshes of its defaults, one of which decomposes
 
 
-def overhead() -> tuple[float, float, float]:
+def overhead() -> list[float]:
   """Time of COAP's training step over AdamW's, over a whole cycle.
 
   Returns:
@@ -31,15 +34,17 @@ def overhead() -> tuple[float, float, float]:
   draw = np.random.default_rng(0).integers(0, _CYCLE, (2000, _CYCLE))
   ratios = seconds[draw, 0].mean(1) / seconds[draw, 1].mean(1)
   low, high = np.quantile(ratios, (0.025, 0.975))
-  return seconds[:, 0].mean() / seconds[:, 1].mean(), low, high
+  means = seconds.mean(0)
+  return [float(means[0] / means[1]), float(low), float(high)]
 
 
 def judge(lab: claim.Lab) -> claim.Finding:
-  same, line = claim.versus(lab, ('coap', 'packed'), ('adamw', 'packed'), _GAP)
-  ratio, low, high = overhead()
-  fast = claim.at_most(ratio, high - ratio, _OVERHEAD)
-  if low > _OVERHEAD:
-    fast = claim.NOT
+  same, line = claim.versus(
+    lab, ('coap', 'packed'), ('adamw', 'packed'), _SHARE
+  )
+  ratio, low, high = lab.measured('coap', overhead)
+  middle = (low + high) / 2
+  fast = claim.at_most(middle, high - middle, _OVERHEAD)
   return claim.Finding(
     claim.all_of([same, fast]),
     [

@@ -14,14 +14,14 @@ EQUAL = 0.02  # nats
 
 
 def difference(
-  right: Sequence[float], left: Sequence[float]
+  right: Sequence[float], left: Sequence[float], confidence: float = 0.95
 ) -> tuple[float, float]:
   """Mean and half width of right - left; a loss of inf is beyond any other."""
   right, left = np.asarray(right), np.asarray(left)
   lost = [bool(np.isinf(x).any()) for x in (right, left)]
   if any(lost):
     return {(1, 0): math.inf, (0, 1): -math.inf}.get((*lost,), math.nan), 0.0
-  return seeds.interval(right - left)
+  return seeds.interval(right - left, confidence)
 
 
 @dataclasses.dataclass(frozen=True)

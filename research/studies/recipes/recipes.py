@@ -42,6 +42,7 @@ import dataclasses
 import itertools
 import math
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -234,7 +235,7 @@ class Table:
     return cell
 
   def judged(
-    self, links: tuple[Link, ...], optimizer: str
+    self, links: Sequence[Link], optimizer: str, confidence: float = 0.95
   ) -> list[tuple[str, str]]:
     """Of each link whether it holds, or 'missing', and the line on it."""
     found = []
@@ -243,7 +244,7 @@ class Table:
       if any(losses is None for losses in pair):
         found.append(('missing', f'{link!s:32} not all seeds yet'))
         continue
-      mean, half = difference(*pair)
+      mean, half = difference(*pair, confidence)
       judgement = link.judge(mean, half)
       found.append(
         (judgement, f'{link!s:32} {mean:+.4f} +- {half:.4f} {judgement}')

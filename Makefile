@@ -63,7 +63,7 @@ bench: $(READY)
 # The packages of the peers, in an environment of their own.
 bench-peers: $(READY)
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet torch==2.13.0 galore-torch pytorch-optimizer torchao bitsandbytes
+	.venv-peers/bin/python -m pip install --quiet torch==2.13.0 galore-torch apollo-torch pytorch-optimizer torchao bitsandbytes
 	$(PY) research/studies/bench_peers.py --python .venv-peers/bin/python
 	$(PY) -m pip install --quiet --no-deps --upgrade --target .cache/qwix qwix==0.1.8
 	PYTHONPATH=.cache/qwix $(PY) research/studies/bench_qwix.py

@@ -2,15 +2,18 @@
 
 Runs in an environment of its own. Reads a line of JSON with the optimizer and
 the shapes of its tensors, does a first step and answers with a line of JSON:
-why the optimizer does not run, or why it runs without being compiled, or
-nothing. Then answers each further line with the seconds that one step took.
+why the optimizer does not run, or why it runs without being compiled and what
+bytes its state has, and its losses on peers_problem.py. Then answers each
+further line with the seconds that one step took.
 """
 
+import functools
 import importlib
 import json
 import sys
 import time
 
+import peers_problem
 import torch
 
 
@@ -31,14 +34,19 @@ def main():
   ]
   try:
     package = importlib.import_module(job['package'])
-    optimizer = getattr(package, job['name'])(
-      groups, lr=1e-2, **job['arguments']
+    make = functools.partial(
+      getattr(package, job['name']), lr=job['rate'], **job['arguments']
     )
-    eager = first_step(optimizer)
+    optimizer = make(groups)
+    said = {'eager': first_step(optimizer)}
+    said['bytes'] = sum(
+      x.numel() * x.element_size() for x in held(optimizer.state).values()
+    )
+    said['losses'] = losses(lambda own: make([{'params': own, **job['small']}]))
   except Exception as error:
     print(json.dumps({'error': in_a_line(error)}), flush=True)
     return
-  print(json.dumps({'eager': eager}), flush=True)
+  print(json.dumps(said), flush=True)
   for _ in sys.stdin:
     start = time.perf_counter()
     optimizer.step()
@@ -55,6 +63,39 @@ def first_step(optimizer):
     optimizer.step()
     return in_a_line(error)
   return None
+
+
+def held(x):
+  """All tensors below an object, by their place in memory."""
+  if isinstance(x, torch.Tensor):
+    inner = [getattr(x, n, None) for n in getattr(x, 'tensor_attrs', ())]
+    # A tensor of another package is a wrapper of what it names.
+    return held(inner) if inner else {x.data_ptr(): x}
+  if isinstance(x, dict):
+    x = list(x.values())
+  elif not isinstance(x, (list, tuple)):
+    x = list(getattr(x, '__dict__', {}).values())
+  return {at: tensor for item in x for at, tensor in held(item).items()}
+
+
+def losses(make):
+  """Of the problem, every so many steps and at last."""
+  problem = peers_problem.regressions()
+  weights = [torch.nn.Parameter(torch.tensor(r.weight)) for r in problem]
+  data = [(torch.tensor(r.inputs), torch.tensor(r.labels)) for r in problem]
+  optimizer = make(weights)
+  found = []
+  for step in range(peers_problem.STEPS + 1):
+    optimizer.zero_grad()
+    loss = sum(
+      ((x @ w.T - y) ** 2).mean()
+      for w, (x, y) in zip(weights, data, strict=True)
+    )
+    if step % peers_problem.EVERY == 0:
+      found.append(loss.item())
+    loss.backward()
+    optimizer.step()
+  return found
 
 
 def in_a_line(error):

@@ -14,6 +14,9 @@ from typing import Any
 from frugax import names
 
 _FEATURES = 'tensorflow_datasets.core.features.'
+# Under which TFDS has a class: protobuf takes both spellings of its own, and
+# before TFDS 4.5 it was 'type'.
+_CLASS_KEYS = ('pythonClassName', 'python_class_name', 'type')
 
 
 def prepare(
@@ -195,53 +198,80 @@ def _is_whole(file: str) -> bool:
 
 
 def _builder(name: str, data_dir: str):
-  """The TFDS builder of a directory, or of a name."""
+  """The TFDS builder of a directory, or of a name.
+
+  Not tfds.builder: for a name without code of TFDS's own it looks for
+  directories by itself, which no one has checked, and fetches code.
+  """
   import tensorflow_datasets as tfds
 
   if not name:
     raise ValueError(
       "no data set: name one of TFDS, a prepared directory, or 'stdlib'"
     )
-  for path in _directories(name, data_dir):
+  data_dir = os.path.expanduser(data_dir)
+  for path in _directories(os.path.expanduser(name), data_dir):
     if os.path.isfile(os.path.join(path, 'dataset_info.json')):
       _check_features(path)
       return tfds.builder_from_directory(path)
+  stem, _, version = name.partition(':')
+  base, _, config = stem.partition('/')
   try:
-    return tfds.builder(name, data_dir=data_dir, try_gcs=False)
-  except (tfds.core.DatasetNotFoundError, ImportError, ValueError) as e:
+    cls = tfds.builder_cls(base)
+    for path, _, files in os.walk(os.path.join(data_dir, cls.name)):
+      if 'dataset_info.json' in files:
+        _check_features(path)  # is read where the code names no features
+    own = {'config': config or None, 'version': version or None}
+    return cls(data_dir=data_dir, **own)
+  except (tfds.core.DatasetNotFoundError, ImportError, AssertionError) as e:
     raise _missing(name, data_dir) from e
+  except _Foreign:
+    raise
+  except ValueError as e:  # no such config or version
+    raise _missing(name, data_dir) from e
+
+
+class _Foreign(ValueError):
+  """A data set that names code which is not of TFDS."""
 
 
 def _check_features(path: str) -> None:
   """Raises if a data set names features that are not TFDS's own.
 
-  TFDS imports the module of any class that features.json names: a data set
+  TFDS imports the module of any class that its JSON files name: a data set
   from someone else would choose what code runs.
   """
-  try:
-    with open(os.path.join(path, 'features.json'), encoding='utf-8') as f:
-      features = json.load(f)
-  except FileNotFoundError:
-    return
-  for name in _class_names(features):
-    if not name.startswith(_FEATURES):
-      raise ValueError(
-        f'the data set in {path!r} has a feature of class {name!r}, which is'
-        ' not one of TFDS: its code would be run. Prepare the data set anew'
-        ' with features of tensorflow_datasets.features'
-      )
+  for file in ('features.json', 'dataset_info.json'):
+    try:
+      with open(os.path.join(path, file), encoding='utf-8') as f:
+        value = json.load(f)
+    except FileNotFoundError:
+      continue
+    if file == 'dataset_info.json':  # the rest of it says 'type' of columns
+      value = value.get('features') if isinstance(value, dict) else None
+    for name in _class_names(value):
+      if not name.startswith(_FEATURES):
+        raise _Foreign(
+          f'the data set in {path!r} has a feature of class {name!r}, which is'
+          ' not one of TFDS: its code would be run. Prepare the data set anew'
+          ' with features of tensorflow_datasets.features'
+        )
 
 
 def _class_names(features: Any) -> Iterator[str]:
+  """Every class that TFDS may take from a value of JSON, at any depth."""
   if isinstance(features, list):
     for value in features:
       yield from _class_names(value)
   elif isinstance(features, dict):
     for key, value in features.items():
-      if key in ('pythonClassName', 'python_class_name'):  # protobuf takes both
-        yield str(value)
+      if key in _CLASS_KEYS and isinstance(value, str):
+        yield value
       else:
         yield from _class_names(value)
+  elif isinstance(features, str):  # some hold JSON of their own
+    with contextlib.suppress(ValueError):
+      yield from _class_names(json.loads(features))
 
 
 def _directories(name: str, data_dir: str) -> list[str]:

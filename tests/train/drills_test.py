@@ -11,7 +11,7 @@ import subprocess
 
 import jax
 import pytest
-from running import assert_same_steps, rows, start
+from running import assert_same_steps, rows, start, start_together, texts
 
 from frugax.train import loop
 
@@ -66,6 +66,33 @@ def test_a_damaged_checkpoint_is_passed_over(
   assert summary['steps'] == 6
   assert_same_steps(rows(tmp_path), {n: want[n] for n in (5, 6)})
   assert {'2', '4', '6', '6.unreadable'} <= set(_saved(tmp_path))
+
+
+@pytest.mark.slow
+def test_damage_that_one_process_sees_is_passed_over_by_all(
+  command_line, tmp_path
+):
+  run = tmp_path / 'run'
+  argv = command_line(
+    run, 'size=tiny,opt=adamw', mesh='fsdp=2', checkpoint__every=2,
+    checkpoint__keep=3,
+  )  # fmt: skip
+
+  def together(name):
+    started = start_together([argv] * 2, 1, tmp_path / name)
+    codes = [p.wait(timeout=200) for p in started]
+    assert codes == [0, 0], texts(tmp_path / name)
+    return texts(tmp_path / name)
+
+  together('first')
+  want = rows(run)
+  (run / 'metrics.jsonl').unlink()
+  _cut(_largest(_saved(run)['6'] / 'state' / 'ocdbt.process_1'))
+  told = together('second')
+  assert 'warning: the checkpoint at step 6 cannot be read' in told[0]
+  assert 'resuming from the checkpoint at step 4' in told[0]
+  assert_same_steps(rows(run), {n: want[n] for n in (5, 6)})
+  assert {'2', '4', '6', '6.unreadable'} <= set(_saved(run))
 
 
 def test_no_readable_checkpoint_is_an_error_and_changes_nothing(

@@ -42,6 +42,13 @@ def start(argv, n_devices, log, more=(), within=list):
   )
 
 
+def free_port():
+  """One of this machine that nobody listens at."""
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    return s.getsockname()[1]
+
+
 def start_together(
   argvs, n_devices, logs, host='localhost', within=lambda i, argv: argv
 ):
@@ -54,9 +61,7 @@ def start_together(
     host: the address of the first.
     within: (i, command line) -> the one that is run.
   """
-  with socket.socket() as s:
-    s.bind(('localhost', 0))
-    port = s.getsockname()[1]
+  port = free_port()
   processes = []
   logs.mkdir(parents=True)
   for i, argv in enumerate(argvs):

@@ -21,19 +21,8 @@ from frugax.train import (
   quantization,
   tokenizer,
 )
+from frugax.train.processes import CannotGoOn, LostProcess
 from frugax.train.signals import StopSignal
-
-
-class CannotGoOn(RuntimeError):
-  """A run that had to stop; the message says why, and how to go on."""
-
-  status = 1  # that the process exits with
-
-
-class LostProcess(CannotGoOn):
-  """One of several; launchers start all of them again."""
-
-  status = 134  # JAX's own, where it ends a process that lost the coordinator
 
 
 class NonFiniteLoss(CannotGoOn):

@@ -5,7 +5,9 @@ import json
 import os
 import pathlib
 import platform
+import re
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -24,40 +26,94 @@ _COUNTS = ('JAX_NUM_PROCESSES', 'SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
 # Seconds after which the others give up a process that gives no sign of life.
 HEARTBEAT = 60
 
-# How errors begin that a process has by itself.
+# Seconds that the processes wait for each other at their start: after a
+# preemption some hosts boot minutes later than the others.
+JOINING = 600
+
+# What errors say, where another process may be gone: the codes of a call that
+# was not answered, and the libraries that send arrays. All else is this
+# process's own fault, which the same again would not mend.
+_LOSS = re.compile(
+  'UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|CANCELLED'
+  '|(?i:connection (closed|reset|refused)|broken pipe|task died|heartbeat'
+  '|gloo|nccl)'
+)
+# How errors begin that a process has by itself, whatever else they name.
 _OWN = ('RESOURCE_EXHAUSTED', 'INVALID_ARGUMENT', 'UNIMPLEMENTED')
 
 
-def several(environ: Mapping[str, str] = os.environ) -> bool:
-  """Whether the environment is that of one process among several.
+class CannotGoOn(RuntimeError):
+  """A run that had to stop; the message says why, and how to go on."""
+
+  status = 1  # that the process exits with
+
+
+class LostProcess(CannotGoOn):
+  """One of several is gone or never came; launchers start all of them again."""
+
+  status = 134  # JAX's own, where it ends a process that lost the coordinator
+
+
+def expected(environ: Mapping[str, str] = os.environ) -> int:
+  """How many processes the environment says there are.
 
   Slurm's srun, Open MPI and TPU pods are recognised by what they set; by hand
   set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
   Examples:
-    >>> several({}), several({'SLURM_STEP_NUM_TASKS': '4'})
-    (False, True)
-    >>> several({'TPU_WORKER_HOSTNAMES': 'localhost'})
-    False
+    >>> expected({}), expected({'SLURM_STEP_NUM_TASKS': '4'})
+    (1, 4)
+    >>> expected({'TPU_WORKER_HOSTNAMES': 'host-0,host-1'})
+    2
   """
-  if ',' in environ.get('TPU_WORKER_HOSTNAMES', ''):
-    return True
-  return any(int(environ.get(name) or 1) > 1 for name in _COUNTS)
+  hosts = environ.get('TPU_WORKER_HOSTNAMES', '').count(',') + 1
+  return max(hosts, *(int(environ.get(name) or 1) for name in _COUNTS))
 
 
 def join() -> None:
   """Joins the other processes, if there are any; before JAX is used.
 
-  Without it each process would train a run of its own in the same folder.
+  Without it each process would train a run of its own in the same folder. If
+  some do not come in `JOINING` seconds, this process ends as one that lost
+  another: with the status of `LostProcess`.
   """
-  if not several():
+  if expected() == 1:
     return
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   by_hand = {}
   if 'JAX_PROCESS_ID' in os.environ:
     by_hand['num_processes'] = int(os.environ['JAX_NUM_PROCESSES'])
     by_hand['process_id'] = int(os.environ['JAX_PROCESS_ID'])
-  jax.distributed.initialize(**by_hand, heartbeat_timeout_seconds=HEARTBEAT)
+  # JAX would abort from C++, naming neither the coordinator nor how many.
+  late = threading.Timer(JOINING, _give_up, [f'in {JOINING} seconds'])
+  late.daemon = True
+  late.start()
+  try:
+    jax.distributed.initialize(
+      **by_hand,
+      heartbeat_timeout_seconds=HEARTBEAT,
+      initialization_timeout=JOINING + 60,
+    )
+  except RuntimeError as e:  # in TPU pods, where no such host is known yet
+    _give_up(f'yet: {_first_line(e)}')
+  finally:
+    late.cancel()
+
+
+def _give_up(why: str) -> NoReturn:
+  address = os.environ.get('JAX_COORDINATOR_ADDRESS') or "the first host's"
+  print(
+    f'error: the {expected()} processes of this run did not all come to their'
+    f' coordinator, {address}, {why}. Some host is late, lost, or not to be'
+    ' reached from here. Start all processes again',
+    file=sys.stderr,
+    flush=True,
+  )
+  os._exit(LostProcess.status)
+
+
+def _first_line(error: BaseException) -> str:
+  return str(error).strip().split('\n')[0]
 
 
 def describe() -> str:
@@ -131,15 +187,18 @@ def may_be_lost(error: jax.errors.JaxRuntimeError) -> bool:
     >>> may_be_lost(jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: memory'))
     False
   """
-  return jax.process_count() > 1 and not str(error).startswith(_OWN)
+  text = str(error)
+  if jax.process_count() == 1 or text.startswith(_OWN):
+    return False
+  return bool(_LOSS.search(text))
 
 
 def lost(error: BaseException, resume: str) -> str:
   """What to tell of an error that the loss of another process may have made."""
-  first = str(error).strip().split('\n')[0]
   return (
     f'process {jax.process_index()} of {jax.process_count()} cannot go on, most'
-    f' likely as another one was lost, whose own log tells why: {first}\n'
+    ' likely as another one was lost, whose own log tells why:'
+    f' {_first_line(error)}\n'
     f'What was saved is whole. Start all processes again with\n  {resume}'
   )
 

@@ -6,6 +6,7 @@ is that program. It hands each packet on after a delay, as `tc netem` would
 where the kernel has it. Linux, as root.
 """
 
+import contextlib
 import fcntl
 import heapq
 import itertools
@@ -72,6 +73,11 @@ class Network:
     own = [sys.executable, __file__, str(self._folder), str(i)]
     return [*apart, *own, *argv]
 
+  def join(self, i: int, tun: int) -> None:
+    """Takes the device of host i, and closes it here."""
+    _send(self._folder, i, tun)
+    os.close(tun)
+
   def close(self) -> None:
     """Cuts all connections."""
     self._stop.set()
@@ -93,18 +99,30 @@ class Network:
           tuns[int(name)] = tun
           connection.close()
           continue
-        packet = os.read(fd, 65536)
-        if packet[0] >> 4 == 4:
+        try:
+          packet = os.read(fd, 65536)
+        except OSError:  # the host is gone, and its interface with it
+          os.close(fd)
+          tuns = {i: tun for i, tun in tuns.items() if tun != fd}
+          continue
+        if packet and packet[0] >> 4 == 4:
           due = time.monotonic() + self._delay
           heapq.heappush(waiting, (due, next(order), packet))
       while waiting and waiting[0][0] <= time.monotonic():
         packet = heapq.heappop(waiting)[-1]
         tun = tuns.get(packet[19] - 1)  # the last byte of its destination
         if tun is not None:
-          os.write(tun, packet)
-          self.packets += 1
+          with contextlib.suppress(OSError):  # as above
+            os.write(tun, packet)
+            self.packets += 1
     for tun in tuns.values():
       os.close(tun)
+
+
+def _send(folder, i: int, tun: int) -> None:
+  with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as s:
+    s.connect(os.path.join(folder, 'tun'))
+    socket.send_fds(s, [str(i).encode()], [tun])
 
 
 def _enter(folder: str, i: int, argv: list[str]) -> None:
@@ -120,9 +138,7 @@ def _enter(folder: str, i: int, argv: list[str]) -> None:
   ):
     subprocess.run(command.split(), check=True)
   socket.sethostname(f'host{i}')
-  with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as s:
-    s.connect(os.path.join(folder, 'tun'))
-    socket.send_fds(s, [str(i).encode()], [tun])
+  _send(folder, i, tun)
   os.execvp(argv[0], argv)
 
 

@@ -5,6 +5,7 @@ import os
 import pathlib
 import platform
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -35,14 +36,19 @@ def _together(
 
 
 @pytest.fixture
-def network(tmp_path):
-  """Four hosts, 20 ms from each other."""
-  if why := slow_network.missing():
-    pytest.skip(f'no network of our own: {why}')
+def four_hosts():
+  """20 ms from each other."""
   with tempfile.TemporaryDirectory() as folder:  # of a short name, for a socket
     made = slow_network.Network(pathlib.Path(folder), hosts=4, delay=0.02)
     yield made
     made.close()
+
+
+@pytest.fixture
+def network(four_hosts):
+  if why := slow_network.missing():
+    pytest.skip(f'no network of our own: {why}')
+  return four_hosts
 
 
 def _assert_close(got, want):
@@ -95,6 +101,26 @@ def test_a_slow_network_changes_nothing(
   _together(command_line, tmp_path / 'far', 4, around=around, **same)
   _assert_close(rows(tmp_path / 'far'), rows(tmp_path / 'one'))
   assert network.packets > 1000  # that is the way they took
+
+
+def test_the_slow_network_outlives_a_host(four_hosts):
+  four_hosts.join(0, os.open('/', os.O_RDONLY))  # there is no reading it
+  packet = bytes([4 << 4, *[0] * 18, 2])  # IPv4, to host 1
+  pairs = [socket.socketpair(type=socket.SOCK_DGRAM) for _ in range(3)]
+  for i, (_, tun) in enumerate(pairs, 1):
+    four_hosts.join(i, tun.detach())
+  hosts = [host for host, _ in pairs]
+  hosts[2].send(packet)
+  hosts[0].settimeout(20)
+  assert hosts[0].recv(100) == packet
+  hosts[0].close()
+  hosts[2].send(packet)
+  packet = packet[:-1] + bytes([3])
+  hosts[2].send(packet)
+  hosts[1].settimeout(20)
+  assert hosts[1].recv(100) == packet
+  for host in hosts:
+    host.close()
 
 
 @pytest.mark.slow

@@ -175,9 +175,23 @@ def test_a_summary_with_nulls_is_shown_with_dashes(tmp_path):
 
 def test_a_run_resumed_past_its_summary_shows_where_it_is_now(tmp_path):
   rows = (*ROWS, {'step': 4, 'loss': 2.0, 'tokens': 400, 'seconds': 14.0})
-  run = report.read_run(_write(tmp_path, rows, SUMMARY))
+  facts = {'parameters': SUMMARY['parameters']}
+  (_write(tmp_path, rows, SUMMARY) / 'info.json').write_text(json.dumps(facts))
+  run = report.read_run(tmp_path)
   assert (run.summary['steps'], run.summary['tokens']) == (4, 400)
   assert run.summary['parameters'] == SUMMARY['parameters']
+
+
+@pytest.mark.parametrize('steps', [2, 1000])
+def test_what_another_run_left_in_the_folder_is_not_this_ones(tmp_path, steps):
+  """Its checkpoints were removed, and its command given with another rate."""
+  rows = [row for row in ROWS if 'loss' in row]
+  old = SUMMARY | {'steps': steps, 'eval_loss': 1.5, 'train_loss': 1.25}
+  run = report.read_run(_write(tmp_path, rows, old, {'steps': 1000}))
+  (row,) = _cells([run])
+  assert (row['steps'], row['train loss']) == ('3 of 1,000', '3.5000')
+  assert row['eval loss'] == row['bits/byte'] == '-'
+  assert row['tokens/s'] == '75'
 
 
 def test_of_steps_taken_twice_the_last_row_counts(tmp_path):
@@ -397,6 +411,26 @@ def test_the_command_for_scripts(tmp_path):
   assert (done.returncode, done.stderr) == (0, '')
   (run,) = json.loads(done.stdout)['runs']
   assert run['train']['loss'] == [5.5, 4.5, 3.5]
+  assert [p.name for p in tmp_path.iterdir()] == ['a']
+
+
+def test_the_command_for_scripts_with_a_picture(tmp_path):
+  _write(tmp_path / 'a')
+  done = _main('a', '--json', '--plot=b.png', '--x=tokens', cwd=tmp_path)
+  assert (done.returncode, done.stderr) == (0, '')
+  assert json.loads(done.stdout)['runs'][0]['name'] == 'a'
+  assert _is_png(tmp_path / 'b.png')
+  assert {p.name for p in tmp_path.iterdir()} == {'a', 'b.png'}
+
+
+def test_an_axis_of_no_picture_is_refused(tmp_path):
+  _write(tmp_path / 'a')
+  done = _main('a', '--x=tokens', cwd=tmp_path)
+  assert (done.returncode, done.stdout) == (2, '')
+  assert done.stderr.splitlines()[-1].endswith(
+    'error: --x=tokens without --plot: the folder has a picture for each axis'
+    ' but step; add --plot=FILE.png'
+  )
   assert [p.name for p in tmp_path.iterdir()] == ['a']
 
 

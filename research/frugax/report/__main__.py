@@ -21,7 +21,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     The exit status: 1 if some of the runs could not be read, 2 if none could
     or there is no writing what was asked for.
   """
-  args = _parser().parse_args(argv)
+  parser = _parser()
+  args = parser.parse_args(argv)
+  if args.x and not args.plot:
+    parser.error(
+      f'--x={args.x} without --plot: the folder has a picture for each axis but'
+      ' step; add --plot=FILE.png'
+    )
   runs = []
   for path in args.runs:
     try:
@@ -63,13 +69,15 @@ def _parser():
     help='write this one picture, along --x, instead of the folder',
   )
   parser.add_argument(
-    '--x', choices=tuple(curves.X_AXES), default='step', help='axis of --plot'
+    '--x',
+    choices=tuple(curves.X_AXES),
+    help='axis of --plot (default: step)',
   )
   only = parser.add_mutually_exclusive_group()
   only.add_argument(
     '--json',
     action='store_true',
-    help='JSON on the standard output, and nothing else',
+    help='JSON on the standard output, and nothing else but what --plot asks',
   )
   only.add_argument('--curves-only', action='store_true', help='print no table')
   return parser
@@ -78,12 +86,13 @@ def _parser():
 def _show(args, runs):
   if args.json:
     print(report.to_json(runs))
-    return
-  if not args.curves_only:
+  elif not args.curves_only:
     print(report.table(runs), end='\n\n')
   if args.plot:
-    report.plot(runs, args.plot, args.x)
-    print(f'loss curves: {args.plot}')
+    report.plot(runs, args.plot, args.x or 'step')
+    if not args.json:
+      print(f'loss curves: {args.plot}')
+  if args.plot or args.json:
     return
   out = pathlib.Path(args.out)
   for x, name in _PICTURES.items():

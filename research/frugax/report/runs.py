@@ -37,9 +37,10 @@ class Run:
     eval: rows that have an `eval_loss`, likewise.
     config: config.json, the resolved config; empty if missing.
     summary: info.json, the facts that are known when a run begins, and
-      summary.json. What these lack (yet), or a run that was resumed is past,
-      is what the rows tell: steps, tokens, seconds, train_loss (the mean over
-      the last 2 %), eval_loss, bits_per_byte, tokens_per_second, step_seconds,
+      summary.json, if it is of the last row's step: else it is of what the
+      folder held before the run was resumed or begun anew. What these lack is
+      what the rows tell: steps, tokens, seconds, train_loss (the mean over the
+      last 2 %), eval_loss, bits_per_byte, tokens_per_second, step_seconds,
       mfu. None is unknown.
     skipped: what was broken and is left out, a text for each line or file.
   """
@@ -118,10 +119,9 @@ def read_run(path: str | os.PathLike) -> Run:
     for name in ('info.json', 'summary.json')
   )
   derived = _derive(train, evaluation, config)
-  if (summary.get('steps') or 0) < derived['steps']:
-    known = info | summary | derived
-  else:
-    known = derived | info | summary
+  known = derived | info
+  if summary.get('steps') == derived['steps']:  # a last step has its row
+    known |= summary
   return Run(path, train, evaluation, config, known, tuple(skipped))
 
 

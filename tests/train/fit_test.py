@@ -1,10 +1,10 @@
 """Training by hand against a run."""
 
 import itertools
-import json
 
 import jax
 import numpy as np
+from running import rows
 
 from frugax.models import llama
 from frugax.train import data, loop, step, tokenizer
@@ -14,8 +14,7 @@ from frugax.train.fit import fit
 def test_its_steps_are_those_of_a_run(make_config, tmp_path):
   config = make_config(mesh='data=1')
   loop.train(config, tmp_path, devices=jax.devices()[:1])
-  rows = map(json.loads, (tmp_path / 'metrics.jsonl').read_text().splitlines())
-  expected = [row['loss'] for row in rows if 'loss' in row]
+  expected = [row['loss'] for row in rows(tmp_path).values()]
   assert len(expected) == config.steps
   program = step.build(config, jax.devices()[:1])
   batches = data.train_batches(

@@ -43,10 +43,6 @@ class Batches:
     """Goes where `state` was taken: the next batch is the one that followed."""
     self._iterator.set_state(_tuples(state))
 
-  def start_prefetch(self) -> None:
-    """Begins to read ahead before the first batch is asked for."""
-    self._iterator.start_prefetch()
-
   def close(self) -> None:
     """Stops threads and worker processes; there are no more batches."""
     if self._iterator is not None:

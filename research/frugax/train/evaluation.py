@@ -36,6 +36,6 @@ def means(
     'eval_tokens': int(tokens),
   }
   if compat:
-    means = [float(s['loss']) / float(s['tokens']) for s in sums if s['tokens']]
-    row['eval_loss_compat'] = sum(means) / (len(means) + 1)
+    each = [float(s['loss']) / float(s['tokens']) for s in sums if s['tokens']]
+    row['eval_loss_compat'] = sum(each) / (len(each) + 1)
   return row

@@ -52,8 +52,12 @@ def of_rows(rows: range, batch_size: int, streams: int) -> range:
 class Dealer:
   """Deals the documents of several streams, which are read together.
 
-  Streams ask at their own pace. What is read on behalf of one and belongs to
-  others waits for them: a few documents, as many as their lengths differ.
+  Streams ask at their own pace, that of their tokens. What is read on behalf of
+  one and belongs to others waits for them. How far apart they are grows with
+  the root of the run: after n documents each, about 1.6 sqrt(n) a stream wait,
+  times the standard deviation of the documents' lengths over their mean; as
+  many are read again when a run is resumed. A host with 16 streams of a million
+  documents, 500 tokens each, keeps 25,000 of them (100 MB).
 
   Args:
     read: (start) -> an iterator of documents from index `start` on, those of

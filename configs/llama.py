@@ -180,6 +180,7 @@ def get_config(arg=None):
   c.eval.batch_size = batch_size
 
   c.checkpoint = ConfigDict()
+  # Steps; a kill may cost two times as many, a signal to stop none.
   c.checkpoint.every = 300 if tiny else 1000
   c.checkpoint.keep = 2  # latest ones; the best is kept besides
 

@@ -447,6 +447,8 @@ def test_batches_that_cannot_be_are_refused_at_once(cfg):
     cfg.streams = streams
     with pytest.raises(ValueError, match=f'{streams} streams cannot deal'):
       data.train_batches(cfg, TOK, batch_size=8)
+  with pytest.raises(ValueError, match='a batch_size of 16 or a multiple of'):
+    data.train_batches(cfg, TOK, batch_size=8, streams=16)
   cfg.streams, cfg.repeat = 2, False
   with pytest.raises(ValueError, match='repeat=false with 2 streams'):
     data.train_batches(cfg, TOK, batch_size=8)

@@ -1,5 +1,6 @@
 """Whole runs: what they write, how they stop, and that they resume exactly."""
 
+import errno
 import itertools
 import json
 import os
@@ -12,7 +13,7 @@ import pytest
 from running import assert_same_steps, rows, start, wait_for_step
 
 from frugax.train import __main__ as cli
-from frugax.train import data, loop, signals, step, tokenizer
+from frugax.train import checkpoint, data, loop, signals, step, tokenizer
 
 
 def _stop_at(monkeypatch, step):
@@ -129,6 +130,26 @@ def test_a_checkpoint_restores_into_another_memory_bit_for_bit(
     assert_same_steps(rows(tmp_path / first), rows(tmp_path / 'whole'))
 
 
+def _kill_in_a_save(process, checkpoints):
+  """Kills it while a checkpoint is half written: the names of its folders."""
+
+  def half():
+    return [p.name for p in checkpoints.glob('*tmp*')]  # until it is whole
+
+  deadline = time.monotonic() + 60
+  while time.monotonic() < deadline:
+    if half():
+      # It may be whole before a signal arrives: then the next one will do.
+      process.send_signal(signal.SIGSTOP)
+      os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+      if found := half():
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        return found
+      process.send_signal(signal.SIGCONT)
+  pytest.fail('no save was seen')
+
+
 @pytest.mark.parametrize(
   'n_devices', [1, pytest.param(8, marks=pytest.mark.slow)]
 )
@@ -136,9 +157,10 @@ def test_kill_9_then_sigterm_then_resume_is_bit_for_bit(
   n_devices, command_line, tmp_path
 ):
   steps = {'steps': 120, 'accumulation': 2, 'mesh': 'fsdp=-1', 'batch_size': 16}
+  every = 10
 
   def argv(name):
-    return command_line(tmp_path / name, checkpoint__every=10, **steps)
+    return command_line(tmp_path / name, checkpoint__every=every, **steps)
 
   with open(tmp_path / 'log', 'w', encoding='utf-8') as log:
     whole = start(argv('whole'), n_devices, log)
@@ -146,17 +168,12 @@ def test_kill_9_then_sigterm_then_resume_is_bit_for_bit(
     part = start(argv('part'), n_devices, log)
     wait_for_step(tmp_path / 'part', 25, part)
     checkpoints = tmp_path / 'part' / 'checkpoints'
-    # In the middle of a save: Orbax writes under a temporary name.
-    deadline = time.monotonic() + 60
-    while not list(checkpoints.glob('*tmp*')) and time.monotonic() < deadline:
-      pass
-    part.send_signal(signal.SIGKILL)
-    part.wait()
-    half = [p.name for p in checkpoints.glob('*tmp*')]
-    assert half, 'the kill came after the save'
+    half = _kill_in_a_save(part, checkpoints)
     kept = max(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
     reached = max(rows(tmp_path / 'part'))
     assert kept < reached < 80
+    # An interval, and the one whose save was under way.
+    assert reached - kept <= 2 * every
     part = start(argv('part'), n_devices, log)
     # Beyond the rows that the killed run left.
     wait_for_step(tmp_path / 'part', reached + 20, part)
@@ -164,10 +181,13 @@ def test_kill_9_then_sigterm_then_resume_is_bit_for_bit(
     part.send_signal(signal.SIGTERM)
     assert part.wait(timeout=120) == 0
     assert not (tmp_path / 'part' / 'summary.json').exists()
+    stopped = max(rows(tmp_path / 'part'))
     assert start(argv('part'), n_devices, log).wait(timeout=300) == 0
   text = (tmp_path / 'log').read_text()
-  assert f'resuming from the checkpoint at step {kept}' in text
-  assert 'stopped by a signal; saved at step' in text
+  assert f'resuming from the checkpoint at step {kept}\n' in text
+  # With notice no step is lost.
+  assert f'stopped by a signal; saved at step {stopped}.' in text
+  assert f'resuming from the checkpoint at step {stopped}\n' in text
   assert_same_steps(rows(tmp_path / 'part'), rows(tmp_path / 'whole'))
 
 
@@ -275,6 +295,53 @@ def test_resuming_in_the_middle_of_other_data_is_refused(
   ):
     with pytest.raises(ValueError, match=message):
       loop.train(make_config(mesh='fsdp=8', **change), tmp_path)
+
+
+def test_a_batch_that_the_checkpoints_streams_cannot_share(
+  make_config, tmp_path, monkeypatch
+):
+  _stop_at(monkeypatch, 1)
+  loop.train(make_config(mesh='fsdp=8', batch_size=16), tmp_path)
+  with pytest.raises(ValueError, match='a batch_size of 16 or a multiple of'):
+    loop.train(make_config(mesh='fsdp=8', batch_size=8), tmp_path)
+  with pytest.raises(ValueError, match='streams was 16, now it is 8'):
+    loop.train(
+      make_config(mesh='fsdp=8', batch_size=8, data__streams=8), tmp_path
+    )
+  # As the message says.
+  _stop_at(monkeypatch, 2)
+  loop.train(make_config(mesh='fsdp=8', batch_size=32), tmp_path)
+
+
+@pytest.mark.parametrize('failing', ['restore', 'announce', 'close'])
+def test_whatever_fails_all_that_was_opened_is_closed(
+  failing, make_config, tmp_path, monkeypatch
+):
+  closed = []
+
+  def record(owner, name):
+    close = owner.close
+
+    def closing(self):
+      closed.append(name)
+      close(self)
+      if failing == 'close' and name == 'checkpoints':
+        raise checkpoint.NotSaved('step 1 could not be written')
+
+    monkeypatch.setattr(owner, 'close', closing)
+
+  def full(*_):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  record(checkpoint.Checkpoints, 'checkpoints')
+  record(data.Batches, 'data')
+  if failing == 'restore':
+    monkeypatch.setattr(checkpoint.Checkpoints, 'restore', full)
+  if failing == 'announce':
+    monkeypatch.setattr(loop.console, 'announce', full)
+  with pytest.raises(loop.CannotGoOn, match='What was saved is whole'):
+    loop.train(make_config(mesh='fsdp=8', steps=1), tmp_path)
+  assert closed == ['data', 'checkpoints'][failing == 'restore' :]
 
 
 def test_a_workdir_that_cannot_be_is_refused(make_config, tmp_path):

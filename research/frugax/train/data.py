@@ -141,7 +141,8 @@ def train_batches(
     cfg: see `DataConfig`.
     tok: the tokenizer.
     batch_size: rows of the global batch, over all hosts.
-    streams: how many streams it is dealt from; default `stream_count`.
+    streams: how many streams it is dealt from, as a checkpoint says; default
+      `stream_count`.
     process_index: which host this is.
     process_count: how many hosts there are.
 
@@ -180,10 +181,15 @@ def train_batches(
   source = _source(cfg, cfg.train_split)
   count = stream_count(cfg, batch_size) if streams is None else streams
   if count < 1 or batch_size % count or count > len(source):
+    advice = 'choose data.streams so that it divides batch_size, or 0'
+    if streams:
+      advice = (
+        'they are those of the checkpoint, which goes on with a batch_size of'
+        f' {count} or a multiple of it'
+      )
     raise ValueError(
       f'{count} streams cannot deal batches of {batch_size} rows from the'
-      f' {len(source)} documents of {cfg.train_split!r}: choose data.streams so'
-      ' that it divides batch_size, or 0'
+      f' {len(source)} documents of {cfg.train_split!r}: {advice}'
     )
   if count > 1 and not cfg.repeat:
     raise ValueError(

@@ -1,5 +1,6 @@
 """The loop: the one place where the order of a run's events is visible."""
 
+import contextlib
 import errno
 import os
 import shlex
@@ -58,8 +59,8 @@ def train(
   """
   workdir, resume = os.fspath(workdir), shlex.join(command)
   try:
-    with StopSignal() as stop:
-      return _train(config, workdir, stop, resume, devices)
+    with StopSignal() as stop, contextlib.ExitStack() as opened:
+      return _train(config, workdir, stop, resume, devices, opened)
   except (checkpoint.NotSaved, OSError) as e:
     if isinstance(e, OSError) and e.errno not in (errno.ENOSPC, errno.EDQUOT):
       raise
@@ -70,7 +71,7 @@ def train(
     raise LostProcess(processes.lost(e, resume)) from e
 
 
-def _train(config, workdir, stop, resume, devices):
+def _train(config, workdir, stop, resume, devices, opened):
   processes.agree(config)
   # What can be wrong is found here, before any compilation.
   steps = phases.Phases(config, devices)
@@ -100,6 +101,7 @@ def _train(config, workdir, stop, resume, devices):
   checkpoints = checkpoint.Checkpoints(
     os.path.join(workdir, 'checkpoints'), config.checkpoint.keep
   )
+  opened.callback(checkpoints.close)
   saved = checkpoints.restore(program.abstract_state(), stream)
   if saved:
     done, state, positions, meta = saved
@@ -111,9 +113,10 @@ def _train(config, workdir, stop, resume, devices):
     config.data,
     tok,
     batch_size=config.batch_size,
-    streams=stream['streams'],
+    streams=stream['streams'] if saved else None,
     **hosts,
   )
+  opened.callback(train_data.close)
   if saved:
     train_data.set_state(positions)
   else:
@@ -148,52 +151,49 @@ def _train(config, workdir, stop, resume, devices):
     return evaluation.means(jax.device_get(sums), config.compat_eval)
 
   with jax.set_mesh(program.layout.mesh), log:
-    try:
-      late = None
-      while done < config.steps:
-        # A step is dispatched before the metrics of the one before it are
-        # fetched, so the device never waits for the host.
-        batch = next(train_data, None)
-        if batch is None:
-          raise ValueError(
-            f'the data ended after {done} steps, {config.steps} were asked'
-            ' for; set --config.data.repeat=true or fewer --config.steps'
-          )
-        if text := steps.announcement(done):
-          log.tell(text)
-        state, on_device = steps.train_step(done, state, batch)
-        if late:
-          settle(late)
-        done += 1
-        late = (done, on_device)
-        last = done == config.steps
-        stopping = stop.requested(done)
-        evaluating = not stopping and (last or _due(done, config.eval.every))
-        saving = last or stopping or _due(done, config.checkpoint.every)
-        probing = _due(done, config.log.quantization)
-        if not (evaluating or saving or probing):
-          continue
-        # Nothing is evaluated or saved before its loss is known to be finite.
+    late = None
+    while done < config.steps:
+      # A step is dispatched before the metrics of the one before it are
+      # fetched, so the device never waits for the host.
+      batch = next(train_data, None)
+      if batch is None:
+        raise ValueError(
+          f'the data ended after {done} steps, {config.steps} were asked'
+          ' for; set --config.data.repeat=true or fewer --config.steps'
+        )
+      if text := steps.announcement(done):
+        log.tell(text)
+      state, on_device = steps.train_step(done, state, batch)
+      if late:
         settle(late)
-        late = None
-        with log.clock.paused():
-          if probing:
-            log.write(done, rates(state.params, program.put(batch)))
-          eval_loss, eval_row = None, evaluate() if evaluating else None
-          if eval_row:
-            log.evaluation(done, eval_row)
-            if np.isfinite(eval_row['eval_loss']):
-              eval_loss = eval_row['eval_loss']
-              if best is None or eval_loss < best:
-                best, saving = eval_loss, True
-          stopping = stopping or (evaluating and not eval_row)
-          if saving or stopping:
-            save(eval_loss)
-        if stopping:
-          break
-    finally:
-      checkpoints.close()  # completes what is being written
-      train_data.close()
+      done += 1
+      late = (done, on_device)
+      last = done == config.steps
+      stopping = stop.requested(done)
+      evaluating = not stopping and (last or _due(done, config.eval.every))
+      saving = last or stopping or _due(done, config.checkpoint.every)
+      probing = _due(done, config.log.quantization)
+      if not (evaluating or saving or probing):
+        continue
+      # Nothing is evaluated or saved before its loss is known to be finite.
+      settle(late)
+      late = None
+      with log.clock.paused():
+        if probing:
+          log.write(done, rates(state.params, program.put(batch)))
+        eval_loss, eval_row = None, evaluate() if evaluating else None
+        if eval_row:
+          log.evaluation(done, eval_row)
+          if np.isfinite(eval_row['eval_loss']):
+            eval_loss = eval_row['eval_loss']
+            if best is None or eval_loss < best:
+              best, saving = eval_loss, True
+        stopping = stopping or (evaluating and not eval_row)
+        if saving or stopping:
+          save(eval_loss)
+      if stopping:
+        break
+    checkpoints.wait()  # completes what is being written
     if not (stopping or eval_row):  # every step was done before this run began
       eval_row = evaluate()
     if not eval_row:

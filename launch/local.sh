@@ -39,16 +39,18 @@ before=$(summary_time "$python" "$opt_workdir")
 "${trainer[@]}" &
 child=$!
 # A mounted bucket gets a file when it is closed, or synchronised: the metrics,
-# which stay open, would be lost with the machine.
-while sleep 60; do
-  sync "$opt_workdir/metrics.jsonl"
+# which stay open, would be lost with the machine. (The first are written when
+# the first steps are done.)
+: "${FRUGAX_SYNC:=60}" # seconds between two
+while sleep "$FRUGAX_SYNC" && kill -0 "$$"; do
+  sync "$opt_workdir/metrics.jsonl" || true
 done >/dev/null 2>&1 </dev/null &
 syncing=$!
 trap 'kill -TERM "$child" 2>/dev/null || true' TERM
 trap ':' INT # a terminal's Ctrl-C reaches the trainer by itself
 status=0
 wait_for "$child" || status=$?
-kill "$syncing"
+kill "$syncing" 2>/dev/null || true
 if ((status == 0)) &&
   [ "$(summary_time "$python" "$opt_workdir")" = "$before" ]; then
   status=$STOPPED

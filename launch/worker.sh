@@ -27,8 +27,10 @@ install() {
     --editable "${ROOT}[$1]" --constraint "$ROOT/launch/constraints/py312.txt"
 }
 
-# Makes gs://BUCKET/DIR a folder. Hosts read what others have just written, so
-# nothing is remembered of what is, or is not, there; checkpoints are renamed.
+# Makes gs://BUCKET/DIR a folder, MOUNTED. Hosts read what others have just
+# written, so nothing is remembered of what is, or is not, there; checkpoints
+# are renamed. (It prints no folder: in $(...) bash goes on after a failure, and
+# the run would be saved on a disk that goes with the machine.)
 mount_bucket() {
   local rest=${1#gs://}
   local folder=$HERE/buckets/${rest%%/*}
@@ -38,9 +40,13 @@ mount_bucket() {
     mkdir -p "$folder"
     gcsfuse --implicit-dirs --rename-dir-limit=1000000 \
       --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
-      "${rest%%/*}" "$folder" >&2
+      "${rest%%/*}" "$folder" >&2 ||
+      die "gs://${rest%%/*} cannot be mounted: may the TPU's service account" \
+        'read and write it?'
+    mountpoint -q "$folder" ||
+      die "gs://${rest%%/*} is not mounted, though gcsfuse reports no error"
   fi
-  printf '%s' "$HERE/buckets/$rest"
+  MOUNTED=$HERE/buckets/$rest
 }
 
 install_gcsfuse() {
@@ -50,8 +56,9 @@ install_gcsfuse() {
     curl -sSf "$url/doc/apt-key.gpg" | sudo tee "$key" >/dev/null
     echo "deb [signed-by=$key] $url gcsfuse-$(lsb_release -cs) main" |
       sudo tee /etc/apt/sources.list.d/gcsfuse.list
-    sudo apt-get -qq update
-    sudo apt-get -qq install gcsfuse
+    # (A machine that has just started may be upgrading its packages.)
+    sudo apt-get -qq -o DPkg::Lock::Timeout=300 update
+    sudo apt-get -qq -o DPkg::Lock::Timeout=300 install gcsfuse
   } >&2
 }
 
@@ -64,10 +71,21 @@ start() {
   local hosts=$1 arguments=() argument
   shift
   ! alive || die "a run is going on here; follow it with 'logs', or 'stop' it"
-  for argument in "$@"; do
+  while (($#)); do
+    argument=$1
+    shift
+    # In two words it is the same.
+    case $argument,${1:-} in
+      --config.data.*=*) ;;
+      --config.data.*,gs://*)
+        argument=$argument=$1
+        shift
+        ;;
+    esac
     case $argument in
       --workdir=gs://* | --config.data.*=gs://*)
-        argument=${argument%%=*}=$(mount_bucket "${argument#*=}")
+        mount_bucket "${argument#*=}"
+        argument=${argument%%=*}=$MOUNTED
         ;;
     esac
     arguments+=("$argument")

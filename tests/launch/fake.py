@@ -124,12 +124,19 @@ def gcsfuse(arguments):
     print('--metadata-cache-negative-ttl-secs')
     return 0
   *_, bucket, folder = arguments
+  if _fails('gcsfuse'):
+    print('bucket does not exist', file=sys.stderr)
+    return 1
   there = _FAKE / 'buckets' / bucket
   there.mkdir(parents=True, exist_ok=True)
-  if not os.path.islink(folder):
-    os.rmdir(folder)
-    os.symlink(there, folder)
+  os.rmdir(folder)
+  os.symlink(there, folder)
   return 0
+
+
+def mountpoint(arguments):
+  """Whether a folder is a bucket."""
+  return 0 if os.path.islink(arguments[-1]) else 32
 
 
 def python(arguments):

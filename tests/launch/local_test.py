@@ -62,6 +62,32 @@ def test_the_status_is_that_of_the_trainer(launcher, status):
   assert done.returncode == status
 
 
+@pytest.mark.parametrize('status', [0, 143])
+def test_metrics_that_are_not_yet_written_do_no_harm(launcher, status):
+  """What hands them to a bucket looks for them before the first step."""
+  process = subprocess.Popen(
+    launcher.command('local.sh', *_RUN),
+    cwd=launcher.folder,
+    env=launcher.environ
+    | {
+      'PYTHON': str(launcher.folder / 'bin' / 'python'),
+      'FRUGAX_SYNC': '0.05',
+    },
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  assert process.stdout.readline() == 'a step\n'
+  time.sleep(0.5)
+  if status:
+    process.send_signal(signal.SIGTERM)
+  else:
+    (launcher.folder / 'steps').write_text('0')
+  told = process.communicate(timeout=20)[1]
+  assert process.returncode == status
+  assert told == ''
+
+
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_is_told_from_a_finished_one(launcher, number):
   """Both exit with 0, and a summary may be there from before."""

@@ -134,6 +134,27 @@ def test_a_set_up_that_fails_leaves_the_tpu_and_says_so(launcher, failing):
   assert runs(launcher) == []
 
 
+def test_a_bucket_that_cannot_be_mounted_is_no_folder(launcher):
+  """A run would be saved on a disk that `down` deletes."""
+  (launcher.folder / 'fail').write_text('gcsfuse\ngcsfuse')
+  done = launcher.run('tpu_vm.sh', 'all', *RUN)
+  assert done.returncode == 3
+  assert 'gs://my-bucket cannot be mounted' in done.stderr
+  assert [c for c in launcher.calls('python') if 'frugax.train' in c] == []
+  assert list(launcher.folder.rglob('runs.jsonl')) == []
+
+
+def test_a_bucket_in_two_words_is_mounted(launcher):
+  (launcher.folder / 'steps').write_text('0')
+  two = ('--config.data.data_dir', 'gs://my-data/tfds')
+  done = launcher.run('tpu_vm.sh', 'all', *RUN, *two)
+  assert done.returncode == 0, done.stderr
+  for run in runs(launcher):
+    assert flag(run['argv'], 'config.data.data_dir').endswith(
+      '/frugax/buckets/my-data/tfds'
+    )
+
+
 @pytest.mark.slow
 def test_a_run_outlives_the_connection(launcher):
   """Started detached, looked at, refused a second time, stopped, resumed."""

@@ -9,10 +9,10 @@
 #   launch/gke_xpk.sh run --via=jobset --topology=v5e:4x4 --image=IMAGE \
 #     --workdir=gs://BUCKET/runs/1b --config=configs/llama.py:size=1b
 #
-#   run     start the run, or go on with it after `down`
+#   run     start the run, or go on with it when it has ended or after `down`
 #   logs    follow the log of the first host
 #   report  tell how it stands
-#   down    end the run, which saves, and delete its job
+#   down    end the run, which saves, delete its job, and wait until it is gone
 #   render  print the manifest of --via=jobset
 #
 #   --via=xpk|jobset       default: xpk
@@ -23,7 +23,8 @@
 #                          xpk a path in storage that `xpk storage attach` has
 #                          given to the cluster
 #   --config=...           and --config.FIELD=VALUE: the trainer's
-#   --name=NAME            default: frugax-, the end of the workdir
+#   --name=NAME            default: frugax-, the end of the workdir and a sum of
+#                          all of it
 #   --restarts=N           how often to go on after a preemption; default 100
 #   --spot                 on nodes that may be taken away
 #   --secret=NAME          hand an environment variable on, as WANDB_API_KEY and
@@ -161,11 +162,32 @@ one_line() {
   printf '%s' "$text"
 }
 
+# By itself kubectl does not wait for the pods, which are still to save.
+delete_jobset() { kube delete jobset "$opt_name" --cascade=foreground --wait; }
+
 run_jobset() {
+  local name files=() ended get=(get jobset "$opt_name" --ignore-not-found)
+  get+=('--output=jsonpath={.status.conditions[?(@.status=="True")].type}')
+  if [ -n "$opt_dry_run" ]; then
+    kube "${get[@]}"
+  else
+    ended=$(kube "${get[@]}")
+    # To apply one that has ended changes nothing, and starts nothing.
+    case " $ended " in
+      *' Failed '* | *' Completed '*)
+        note "the JobSet $opt_name has ended ($ended): deleting it, to go on"
+        delete_jobset
+        ;;
+    esac
+  fi
   if [ -n "$secrets" ]; then
-    [ -n "$opt_dry_run" ] || write_secrets "$STAGE/secrets" env
+    # A file for each, as a value may have several lines.
+    for name in $secrets; do
+      [ -n "$opt_dry_run" ] || printf '%s' "${!name}" >"$STAGE/$name"
+      files+=("--from-file=$name=$STAGE/$name")
+    done
     kube delete secret "$opt_name" --ignore-not-found
-    kube create secret generic "$opt_name" "--from-env-file=$STAGE/secrets"
+    kube create secret generic "$opt_name" ${files[@]+"${files[@]}"}
   fi
   [ -n "$opt_dry_run" ] || render >"$STAGE/jobset.yaml"
   kube apply "--filename=$STAGE/jobset.yaml"
@@ -181,8 +203,9 @@ run_xpk() {
     flags+=("--env-file=$STAGE/env")
   fi
   run xpk workload create "--cluster=$opt_cluster" "--workload=$opt_name" \
-    "${place[@]}" "--tpu-type=$ACCELERATOR" "--docker-image=$opt_image" \
-    "${flags[@]}" "--command=cd /frugax && exec $(one_line bash \
+    ${place[@]+"${place[@]}"} "--tpu-type=$ACCELERATOR" \
+    "--docker-image=$opt_image" "${flags[@]}" \
+    "--command=cd /frugax && exec $(one_line bash \
       launch/local.sh "--workdir=$workdir" "${TRAIN[@]}")"
 }
 
@@ -191,7 +214,6 @@ case $step in
   run)
     stage
     "run_$opt_via"
-    [ -n "$opt_dry_run" ] || rm -rf "$STAGE"
     ;;
   logs)
     labels=jobset.sigs.k8s.io/jobset-name=$opt_name
@@ -200,7 +222,7 @@ case $step in
     ;;
   report)
     if [ "$opt_via" = xpk ]; then
-      run xpk workload list "--cluster=$opt_cluster" "${place[@]}" \
+      run xpk workload list "--cluster=$opt_cluster" ${place[@]+"${place[@]}"} \
         "--filter-by-job=$opt_name"
     else
       kube get jobset "$opt_name"
@@ -209,9 +231,9 @@ case $step in
   down)
     if [ "$opt_via" = xpk ]; then
       run xpk workload delete "--cluster=$opt_cluster" \
-        "--workload=$opt_name" "${place[@]}" --force
+        "--workload=$opt_name" ${place[@]+"${place[@]}"} --force
     else
-      kube delete jobset "$opt_name"
+      delete_jobset
       [ -z "$secrets" ] || kube delete secret "$opt_name" --ignore-not-found
     fi
     ;;

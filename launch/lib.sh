@@ -241,9 +241,9 @@ check_labels() {
   done
 }
 
-# The secrets that are set, by name: those known and those of --secret.
+# The secrets that are set, by name: those known and those of --secret, once.
 secret_names() {
-  local name
+  local name seen=" $SECRETS "
   for name in $SECRETS; do
     if [ -n "${!name:-}" ]; then printf '%s\n' "$name"; fi
   done
@@ -252,21 +252,20 @@ secret_names() {
       'give the name of an environment variable, not its value'
     [ -n "${!name:-}" ] ||
       die "secret $name is not set; export it first, or leave --secret out"
+    case $seen in *" $name "*) continue ;; esac
+    seen+="$name "
     printf '%s\n' "$name"
   done
 }
 
-# write_secrets FILE STYLE: for a shell (export) or for Kubernetes (env).
+# write_secrets FILE: for a shell that reads it.
 write_secrets() {
   local name
   (
     umask 077
     : >"$1"
     for name in $(secret_names); do
-      case $2 in
-        export) printf 'export %s=%s\n' "$name" "$(quote "${!name}")" ;;
-        env) printf '%s=%s\n' "$name" "${!name}" ;;
-      esac >>"$1"
+      printf 'export %s=%s\n' "$name" "$(quote "${!name}")" >>"$1"
     done
   )
 }
@@ -275,27 +274,26 @@ write_secrets() {
 TPU_OPTIONS='topology= zone= project= name= workdir= spot queue labels=
   runtime= create-flag+ commit= repo= extras= secret+ detach'
 
-# A private folder on this machine for what is sent to others.
+# A private folder on this machine for what is sent to others, which goes when
+# the script ends: secrets may be in it.
 stage() {
   STAGE=${XDG_CACHE_HOME:-$HOME/.cache}/frugax/launch/$opt_name
   if [ -z "$opt_dry_run" ]; then
     rm -rf "$STAGE"
     (umask 077 && mkdir -p "$STAGE")
+    trap 'rm -rf "$STAGE"' EXIT
   fi
 }
 
-# A name for machines and jobs from the last part of the workdir, which a sum
-# tells apart from others where the name cannot be the same.
+# A name for machines and jobs: the last part of the workdir, and a sum of the
+# whole, which tells adamw/1b from galore/1b.
 default_name() {
-  local base clean
-  base=$(basename "$1")
-  clean=$(printf '%s' "$base" | tr '[:upper:]' '[:lower:]' |
+  local clean sum
+  clean=$(basename "$1" | tr -d '\n' | tr '[:upper:]' '[:lower:]' |
     LC_ALL=C tr -c 'a-z0-9' '-')
-  if [ "$clean" != "$base" ] || ((${#clean} > 30)) ||
-    [ "${clean%-}" != "$clean" ]; then
-    clean=${clean:0:19}-$(printf '%s' "$1" | cksum | cut -d ' ' -f 1)
-  fi
-  printf 'frugax-%s' "$clean"
+  clean=${clean:0:24}
+  sum=$(printf '%s' "${1%/}" | cksum)
+  printf 'frugax-%s-%08x' "${clean%-}" "${sum%% *}"
 }
 
 FLAT='1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16'

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Keeps a run on a TPU going until it ends by itself: creates the TPU, starts
-# the run and, whenever the TPU is preempted or a host is lost, creates it anew
-# and goes on in the same workdir, and so with the same run.
+# Keeps a run on a TPU going until it ends by itself: creates the TPU and starts
+# the run. When the TPU is preempted, or does not answer five times in a row, it
+# is deleted and created anew; when processes or hosts are lost, the run is
+# started again on the TPU that is there. It goes on in the same workdir, and so
+# with the same run.
 #
 #   launch/tpu_babysit.sh --topology=v5e:4x4 --zone=us-west4-a --spot \
 #     --workdir=gs://BUCKET/runs/1b \
@@ -11,10 +13,13 @@
 #   --restarts=N  give up after N failures in a row (default 20). Between two
 #                 the wait doubles, to 15 minutes; ten minutes of training make
 #                 up for the failures before
-#   --keep        do not delete the TPU in the end
+#   --keep        do not delete the TPU in the end, nor when giving up; it costs
+#                 until `launch/tpu_vm.sh down`
 #   --dry-run     print the commands of a run without failures, and run none
 #
-# It may be stopped at any time, and started again with the same command. See
+# It may be stopped at any time, and started again with the same command: a run
+# that is going on is left alone, one that failed or was stopped is started
+# again. A TPU on which another run is going on is left to it (status 2). See
 # the log with `launch/tpu_vm.sh logs` and the same options. The exit status is
 # that of the run: 0 all steps are done, 1 failed, 2 a bad config, 143 stopped
 # with `launch/tpu_vm.sh stop`; 3 after N failures.
@@ -26,6 +31,7 @@ set -euo pipefail
 : "${FRUGAX_POLL:=60}" # seconds between two questions
 export FRUGAX_POLL
 HEALTHY=600 # seconds of training after which earlier failures are forgotten
+PATIENCE=5 # how often in a row a TPU that is there may not answer
 
 parse "$TPU_OPTIONS restarts= keep" "$@"
 : "${opt_restarts:=20}"
@@ -44,7 +50,7 @@ done
 tpu() {
   local step=$1
   shift
-  bash "$ROOT/launch/tpu_vm.sh" "$step" "$@" "${options[@]}"
+  bash "$ROOT/launch/tpu_vm.sh" "$step" "$@" ${options[@]+"${options[@]}"}
 }
 
 if [ -n "$opt_dry_run" ]; then
@@ -57,16 +63,44 @@ if [ -n "$opt_dry_run" ]; then
 fi
 
 failures=0
+silent=0 # how often in a row the TPU did not answer
 pause=$FRUGAX_POLL
 started=$SECONDS
+mine='' # whether a run was seen to go on: before, what ended is of an earlier
 
 say() { note "$(date '+%F %T') $*"; }
+
+costs() {
+  say "$1, and costs until you delete it:" \
+    "$(show "$ROOT/launch/tpu_vm.sh" down ${options[@]+"${options[@]}"})"
+}
+
+# ended STATUS MESSAGE: deletes the TPU, or tells how to.
+ended() {
+  say "$2"
+  if [ -n "$opt_keep" ]; then
+    costs 'the TPU is still there'
+  else
+    tpu down || costs 'the TPU could not be deleted'
+  fi
+  exit "$1"
+}
 
 # Counts a failure, and waits.
 failed() {
   if ((++failures >= opt_restarts)); then
-    say "giving up after $failures failures in a row: $*"
-    exit 3
+    # What failed may have left a TPU.
+    read -r state run <<<"$(tpu report)" || true
+    set -- "giving up after $failures failures in a row: $*"
+    case $state in
+      ABSENT) say "$1" && exit 3 ;;
+      '' | UNKNOWN)
+        say "$1"
+        costs 'the TPU may still be there'
+        exit 3
+        ;;
+      *) ended 3 "$1" ;;
+    esac
   fi
   say "$*; failure $failures of $opt_restarts, waiting $pause s"
   sleep "$pause"
@@ -75,24 +109,21 @@ failed() {
 
 start() {
   started=$SECONDS
-  tpu run --detach || failed 'the run did not start'
+  if tpu run --detach; then mine=1; else failed 'the run did not start'; fi
 }
 
-ended() {
-  say "$2"
-  if [ -z "$opt_keep" ]; then
-    tpu down || say 'the TPU could not be deleted: see launch/tpu_vm.sh down'
-  fi
-  exit "$1"
-}
-
-tpu up --dry-run >/dev/null # finds what is wrong with the options
+tpu run --detach --dry-run >/dev/null # finds what is wrong with the options
 while :; do
   read -r state run <<<"$(tpu report)" || true
+  [ "$run" = unreachable ] || silent=0
+  case $mine,$run in
+    ,cancelled | ,lost | ,[1-9]*) run=none ;;
+  esac
   case $state in
     READY | ACTIVE)
       case $run in
         running)
+          mine=1
           if ((SECONDS - started > HEALTHY)); then
             failures=0 pause=$FRUGAX_POLL
           fi
@@ -102,9 +133,20 @@ while :; do
           say 'starting the run'
           start
           ;;
+        another)
+          die "a run with another workdir or config is going on on that TPU:" \
+            'give this one another --name, or see launch/tpu_vm.sh stop'
+          ;;
         0) ended 0 'all steps are done' ;;
         cancelled) ended "$STOPPED" 'the run was stopped, and has saved' ;;
-        unreachable) failed 'the TPU is there but does not answer' ;;
+        unreachable)
+          failed 'the TPU is there but does not answer'
+          if ((++silent == PATIENCE)); then
+            say 'deleting it, to create another'
+            tpu down || true
+            silent=0
+          fi
+          ;;
         *)
           # 126 and above: a signal or a lost host ended it, not the trainer.
           if [ "$run" != lost ] && ((run < 126)); then

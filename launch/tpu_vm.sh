@@ -20,6 +20,7 @@
 #   --zone=ZONE            one in which you have quota for it
 #   --project=ID           default: gcloud's
 #   --name=NAME            of the TPU; default: frugax-, the end of the workdir
+#                          and a sum of all of it
 #   --workdir=DIR          gs://BUCKET/DIR, or a folder that all hosts see
 #   --config=...           and --config.FIELD=VALUE: the trainer's; a bucket of
 #                          --config.data.data_dir=gs://... is mounted as well
@@ -121,9 +122,12 @@ describe() {
   fi
 }
 
+# What the hosts know of this run, rather than of an earlier one.
 ask() {
-  remote all "if [ -e frugax/pid ]; then $(worker report);\
- else echo 'frugax: none'; fi"
+  local told
+  told=$(worker report "--workdir=$opt_workdir" ${TRAIN[@]+"${TRAIN[@]}"})
+  remote all "if [ -e frugax/pid ] && [ -e frugax/code/launch/worker.sh ];\
+ then $told; else echo 'frugax: none'; fi"
 }
 
 # The state of the TPU in Google's word; nothing if there is no such TPU.
@@ -157,18 +161,26 @@ create() {
 # (Where the caller asks whether a function failed, bash ignores `set -e` in all
 # of it. Hence each `|| return`.)
 up() {
-  local now
+  local now created='' unknown=0
   if [ -n "$opt_dry_run" ]; then
     create
     [ -z "$opt_queue" ] || describe
     return
   fi
-  now=$(state)
-  if [ -z "$now" ]; then
-    create || return "$UNREACHABLE"
-    now=$(state)
-  fi
   while :; do
+    now=$(state)
+    if [ -z "$now" ] && [ -z "$created" ]; then
+      create || return "$UNREACHABLE"
+      created=1
+      continue
+    fi
+    # In hours of waiting a connection may fail, and work again.
+    if [ "$now" != UNKNOWN ]; then
+      unknown=0
+    elif ((++unknown < 5)); then
+      sleep "$FRUGAX_POLL"
+      continue
+    fi
     case $now in
       READY | ACTIVE) return ;;
       CREATING | STARTING | RESTARTING | REPAIRING | ACCEPTED | PROVISIONING | \
@@ -182,36 +194,42 @@ up() {
         return "$UNREACHABLE"
         ;;
     esac
-    now=$(state)
   done
 }
 
 install_code() {
-  local files=() unpack='rm -rf frugax/code && mkdir -p frugax/code && '
+  # The code that is there stays until the other is complete: it answers.
+  local files=() unpack='rm -rf frugax/new && mkdir -p frugax/new && '
   stage
   if [ -n "$(secret_names)" ]; then
-    [ -n "$opt_dry_run" ] || write_secrets "$STAGE/frugax-secrets" export
+    [ -n "$opt_dry_run" ] || write_secrets "$STAGE/frugax-secrets"
     files+=("$STAGE/frugax-secrets")
   fi
   if [ -n "$opt_commit" ]; then
-    unpack+="git clone --quiet $(quote "$opt_repo") frugax/code && "
-    unpack+="git -C frugax/code checkout --quiet $opt_commit"
+    unpack+="git clone --quiet $(quote "$opt_repo") frugax/new && "
+    unpack+="git -C frugax/new checkout --quiet $opt_commit"
   else
     run bash "$ROOT/launch/pack.sh" "$STAGE/frugax-code.tgz" || return
     files+=("$STAGE/frugax-code.tgz")
-    unpack+='tar -xzf frugax-code.tgz -C frugax/code'
+    unpack+='tar -xzf frugax-code.tgz -C frugax/new'
   fi
+  unpack+=' && rm -rf frugax/code && mv frugax/new frugax/code'
   if ((${#files[@]})); then
     # gcloud copies to several hosts at once only with its key in the agent, if
     # there is an agent.
     if ((HOSTS > 1)) && [ -n "${SSH_AUTH_SOCK:-}" ]; then
       run ssh-add -q "$HOME/.ssh/google_compute_engine" || return
     fi
-    tpu scp "${files[@]}" "$opt_name:" "${where[@]}" --worker=all --quiet ||
-      return
+    tpu scp ${files[@]+"${files[@]}"} "$opt_name:" "${where[@]}" \
+      --worker=all --quiet || return
   fi
   [ -n "$opt_dry_run" ] || rm -rf "$STAGE"
   remote all "$unpack && $(worker install "$opt_extras")"
+}
+
+another() {
+  die "a run with another workdir or config is going on on the TPU $opt_name:" \
+    "give this one another --name, or end that with '$0 stop'"
 }
 
 run_step() {
@@ -227,6 +245,7 @@ run_step() {
         [ -n "$opt_detach" ] || logs
         return
         ;;
+      another) another ;;
     esac
   fi
   install_code || return "$UNREACHABLE"
@@ -236,25 +255,36 @@ run_step() {
   [ -n "$opt_detach" ] || logs
 }
 
-# What the hosts say, in one word: running, none, cancelled, lost, unreachable
-# or the exit status. Only the first host needs to see that all steps are done.
+# What the hosts say, in one word: running, another (run is), none, cancelled,
+# lost, unreachable or the exit status. Only the first host needs to see that
+# all steps are done.
 verdict() {
   local lines
   lines=$(ask | sed -n 's/^.*frugax: //p' || true)
   case $lines in
     '') echo unreachable ;;
+    *another*) echo another ;;
     *running*) echo running ;;
     *none*) echo none ;;
-    *cancelled*) echo cancelled ;;
     *lost*) echo lost ;;
     *)
-      # The cause: a host that was killed, rather than those that then could not
-      # go on; a trainer's own failure, below 126, is the same on all.
-      printf '%s\n' "$lines" | sort | awk -v stopped="$STOPPED" '
-        $2 == 0 { done = 1 }
-        $2 && $2 < 126 { own = $2 }
-        $2 >= 126 && $2 != stopped { killed = $2 }
-        END { print killed ? killed : own ? own : done ? 0 : stopped }'
+      # The cause: a host that was killed; or else the trainer's own failure,
+      # below 126; or that others were lost (134), of which one has ended by
+      # itself. Nor has a run that failed while it was to stop saved.
+      printf '%s\n' "$lines" | sort | awk -v stopped="$STOPPED" -v alone=134 '
+        $1 == "cancelled" { cancelled = 1; next }
+        $2 == 0 { done = 1; next }
+        $2 == stopped { next }
+        $2 == alone { left = alone; next }
+        $2 < 126 { own = $2; next }
+        { killed = $2 }
+        END {
+          if (killed) print killed
+          else if (own) print own
+          else if (left) print left
+          else if (done) print 0
+          else print cancelled ? "cancelled" : stopped
+        }'
       ;;
   esac
 }
@@ -280,7 +310,11 @@ logs() {
           note 'the connection was lost, the run goes on: connecting again'
         tries=0
         ;;
-      none) die 'no run was started on this TPU: see the step run' ;;
+      none)
+        die 'no run with these options was started on this TPU: see the' \
+          'step run'
+        ;;
+      another) another ;;
       unreachable)
         if ((++tries == 5)); then
           note "error: the TPU $opt_name cannot be reached; it is $(state)"

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # What launch/tpu_vm.sh calls on each worker of a TPU slice. All is kept below
-# ~/frugax: code, venv, buckets and, of the run, log, pid and status.
+# ~/frugax: code, venv, buckets and, of the run, log, pid, arguments and status.
 #
 #   worker.sh install EXTRA[,EXTRA]  a Python and the package with its extras
 #   worker.sh start HOSTS --workdir=DIR --config=...   detached from the shell
 #   worker.sh follow LINES           shows the log until the run ends
-#   worker.sh report                 prints one line: 'frugax: STATE'
+#   worker.sh report --workdir=DIR --config=...   prints 'frugax: STATE' of the
+#                                    run with these arguments; without a config,
+#                                    of that in the workdir
 #   worker.sh stop                   sends SIGTERM: the run saves and ends
 #   worker.sh train --workdir=...    (what start leaves running)
 
@@ -67,10 +69,22 @@ alive() {
   grep -qs worker.sh "/proc/$(cat "$HERE/pid" 2>/dev/null)/cmdline"
 }
 
+# mine ARGUMENT...: whether the latest run here was started with these, or with
+# this workdir if they are no more.
+mine() {
+  local had
+  (($#)) || return 0
+  had=$(cat "$HERE/arguments" 2>/dev/null) || return
+  [ "$had" = "$(quote "$@")" ] ||
+    { (($# == 1)) && [[ $had == "$(quote "$1") "* ]]; }
+}
+
 start() {
-  local hosts=$1 arguments=() argument
+  local hosts=$1 arguments=() argument given
   shift
   ! alive || die "a run is going on here; follow it with 'logs', or 'stop' it"
+  rm -f "$HERE/arguments" "$HERE/status" "$HERE/cancelled"
+  given=$(quote "$@")
   while (($#)); do
     argument=$1
     shift
@@ -97,7 +111,7 @@ start() {
     # shellcheck source=/dev/null
     . "$HOME/frugax-secrets"
   fi
-  rm -f "$HERE/status" "$HERE/cancelled"
+  printf '%s\n' "$given" >"$HERE/arguments"
   cd "$ROOT"
   setsid bash "$ROOT/launch/worker.sh" train "${arguments[@]}" \
     </dev/null >"$HERE/log" 2>&1 &
@@ -118,12 +132,16 @@ follow() {
 }
 
 report() {
+  local status
+  status=$(cat "$HERE/status" 2>/dev/null) || true
   if alive; then
-    echo 'frugax: running'
-  elif [ -e "$HERE/cancelled" ]; then
+    if mine "$@"; then echo 'frugax: running'; else echo 'frugax: another'; fi
+  elif ! mine "$@"; then
+    echo 'frugax: none'
+  elif [ -e "$HERE/cancelled" ] && [ "$status" = "$STOPPED" ]; then
     echo 'frugax: cancelled'
-  elif [ -e "$HERE/status" ]; then
-    echo "frugax: ended $(cat "$HERE/status")"
+  elif [ -n "$status" ]; then
+    echo "frugax: ended $status"
   else
     echo 'frugax: lost' # the machine was restarted, or the run killed
   fi

@@ -139,8 +139,31 @@ def mountpoint(arguments):
   return 0 if os.path.islink(arguments[-1]) else 32
 
 
+def kubectl(arguments):
+  """A JobSet with the conditions in $FAKE/jobset, and what secrets hold."""
+  if arguments[:2] == ['get', 'jobset']:
+    conditions = _FAKE / 'jobset'
+    print(conditions.read_text() if conditions.exists() else '', end='')
+  if arguments[:2] == ['create', 'secret']:
+    files = [a.split('=', 2)[1:] for a in arguments if '--from-file=' in a]
+    values = {k: pathlib.Path(file).read_text() for k, file in files}
+    (_FAKE / 'secret.json').write_text(json.dumps(values))
+  return 0
+
+
+def srun(_):
+  """The steps of a job, with the status in $FAKE/srun."""
+  environ = {k: v for k, v in os.environ.items() if k.startswith('JAX_')}
+  (_FAKE / 'srun.json').write_text(json.dumps(environ))
+  status = _FAKE / 'srun'
+  return int(status.read_text()) if status.exists() else 0
+
+
 def python(arguments):
-  """The trainer: takes steps until $FAKE/steps are done or SIGTERM comes."""
+  """The trainer: takes steps until $FAKE/steps are done or SIGTERM comes.
+
+  Its status is that in $FAKE/steps, or after SIGTERM in $FAKE/stopped, or 0.
+  """
   if arguments[0] == '-c':
     os.execv(sys.executable, [sys.executable, *arguments])
   if arguments[:2] == ['-m', 'frugax.train.corpus']:
@@ -158,7 +181,8 @@ def python(arguments):
   while time.monotonic() < end:
     if stopped:
       print('stopped', flush=True)
-      return 0
+      status = _FAKE / 'stopped'
+      return int(status.read_text()) if status.exists() else 0
     if (_FAKE / 'steps').exists():
       # One status for all hosts, or one for each.
       statuses = (_FAKE / 'steps').read_text().split()

@@ -1,8 +1,10 @@
 """launch/gke_xpk.sh and its manifest, as xpk and kubectl read them."""
 
+import base64
 import http.server
 import json
 import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -21,6 +23,8 @@ XPK = (
   *('--topology=v5e:4x4', '--image=example.com/frugax:1'),
   *('--workdir=/bucket/runs/1b', '--config=configs/llama.py:size=1b'),
 )
+NAME, XPK_NAME = 'frugax-1b-4deecbdc', 'frugax-1b-4cc8ae48'
+DELETE = ['kubectl', 'delete', 'jobset', NAME, '--cascade=foreground', '--wait']
 SECRET = 'not-to-be-seen'
 # Besides what a shell might do to it, what Kubernetes might.
 ALL = (*AWKWARD, '--config.data.data_dir=$(HOME) $$(HOME) $$ \\$(X)\t"')
@@ -112,7 +116,7 @@ def test_kubectl_reads_the_manifest(launcher, kubectl):
   labels = '--labels=team=a,on=true'
   manifest = _manifest(launcher, kubectl, *JOBSET, *ALL, labels)
   assert manifest['kind'] == 'JobSet'
-  assert manifest['metadata']['name'] == 'frugax-1b'
+  assert manifest['metadata']['name'] == NAME
   assert manifest['metadata']['labels'] == {
     **{'app': 'frugax', 'team': 'a', 'on': 'true'}
   }
@@ -146,7 +150,7 @@ def test_spot_and_secrets_in_the_manifest(launcher, kubectl):
   (toleration,) = pod['spec']['tolerations']
   assert toleration['key'] == 'cloud.google.com/gke-spot'
   (source,) = pod['spec']['containers'][0]['envFrom']
-  assert source == {'secretRef': {'name': 'frugax-1b'}}
+  assert source == {'secretRef': {'name': NAME}}
 
 
 def test_a_pod_that_was_stopped_is_started_again(launcher, kubectl):
@@ -164,23 +168,73 @@ def test_a_pod_that_was_stopped_is_started_again(launcher, kubectl):
 
 def test_jobset_commands(launcher):
   planned = launcher.dry_run('gke_xpk.sh', 'run', *JOBSET, '--namespace=ml')
-  stage = f'{launcher.folder}/home/.cache/frugax/launch/frugax-1b'
-  assert planned == [
+  stage = f'{launcher.folder}/home/.cache/frugax/launch/{NAME}'
+  assert planned[0][:4] == ['kubectl', 'get', 'jobset', NAME]
+  assert planned[1:] == [
     ['kubectl', 'apply', f'--filename={stage}/jobset.yaml', '--namespace=ml']
   ]
   planned = launcher.dry_run('gke_xpk.sh', 'run', *JOBSET, HF_TOKEN=SECRET)
   done = launcher.run('gke_xpk.sh', 'run', *JOBSET, HF_TOKEN=SECRET)
   assert done.returncode == 0, done.stderr
   assert launcher.calls() == planned
-  assert [c[1] for c in planned] == ['delete', 'create', 'apply']
+  assert [c[1] for c in planned] == ['get', 'delete', 'create', 'apply']
   assert SECRET not in json.dumps(planned) + done.stdout + done.stderr
   assert [p for p in (launcher.folder / 'home').rglob('*') if p.is_file()] == []
   (logs,) = launcher.dry_run('gke_xpk.sh', 'logs', *JOBSET)
-  assert '--selector=jobset.sigs.k8s.io/jobset-name=frugax-1b,' in logs[2]
+  assert f'--selector=jobset.sigs.k8s.io/jobset-name={NAME},' in logs[2]
   (report,) = launcher.dry_run('gke_xpk.sh', 'report', *JOBSET)
-  assert report == ['kubectl', 'get', 'jobset', 'frugax-1b']
+  assert report == ['kubectl', 'get', 'jobset', NAME]
   (down,) = launcher.dry_run('gke_xpk.sh', 'down', *JOBSET)
-  assert down == ['kubectl', 'delete', 'jobset', 'frugax-1b']
+  assert down == DELETE
+
+
+@pytest.mark.parametrize(
+  ('conditions', 'deleted'),
+  [
+    ('Failed', True),
+    ('StartupPolicyCompleted Completed', True),
+    ('StartupPolicyCompleted', False),
+    ('', False),
+  ],
+)
+def test_a_job_that_has_ended_makes_room_for_the_next(
+  launcher, conditions, deleted
+):
+  """To apply it again would say that it is unchanged, and start nothing."""
+  (launcher.folder / 'jobset').write_text(conditions)
+  done = launcher.run('gke_xpk.sh', 'run', *JOBSET)
+  assert done.returncode == 0, done.stderr
+  _, *deletes, apply = launcher.calls('kubectl')
+  assert deletes == [DELETE] * deleted
+  assert apply[1] == 'apply'
+
+
+def test_a_secret_of_several_lines_arrives_unseen(launcher):
+  values = {'HF_TOKEN': SECRET, 'MY_KEY': f'one\n{SECRET}=$(id)\n'}
+  options = ('--secret=MY_KEY', '--secret=HF_TOKEN')
+  done = launcher.run('gke_xpk.sh', 'run', *JOBSET, *options, **values)
+  assert done.returncode == 0, done.stderr
+  assert json.loads((launcher.folder / 'secret.json').read_text()) == values
+  told = json.dumps(launcher.calls()) + done.stdout + done.stderr
+  assert SECRET not in told
+  assert [p for p in (launcher.folder / 'home').rglob('*') if p.is_file()] == []
+
+
+def test_kubectl_takes_the_secret(launcher, kubectl):
+  values = {'HF_TOKEN': SECRET, 'MY_KEY': f'one\n{SECRET}\n'}
+  planned = launcher.dry_run(
+    'gke_xpk.sh', 'run', *JOBSET, '--secret=MY_KEY', **values
+  )
+  (create,) = [c for c in planned if c[1] == 'create']
+  for argument in create:
+    if argument.startswith('--from-file='):
+      name, path = argument.split('=')[1:]
+      file = pathlib.Path(path)
+      file.parent.mkdir(parents=True, exist_ok=True)
+      file.write_text(values[name])
+  secret = kubectl(*create[1:], '--dry-run=client', '-o', 'json')
+  data = json.loads(secret)['data']
+  assert {k: base64.b64decode(v).decode() for k, v in data.items()} == values
 
 
 def _container_argv(command):
@@ -199,11 +253,11 @@ def test_xpk_commands(launcher):
   assert launcher.calls() == planned
   ((*argv, command),) = planned
   assert argv == [
-    *('xpk', 'workload', 'create', '--cluster=c', '--workload=frugax-1b'),
+    *('xpk', 'workload', 'create', '--cluster=c', f'--workload={XPK_NAME}'),
     *('--zone=us-west4-a', '--project=my-project', '--tpu-type=v5litepod-16'),
     *('--docker-image=example.com/frugax:1', '--max-restarts=100'),
     *('--termination-grace-period-seconds=120', '--spot'),
-    f'--env-file={launcher.folder}/home/.cache/frugax/launch/frugax-1b/env',
+    f'--env-file={launcher.folder}/home/.cache/frugax/launch/{XPK_NAME}/env',
   ]
   assert _container_argv(command.removeprefix('--command=')) == [
     *('bash', 'launch/local.sh', '--workdir=/bucket/runs/1b', XPK[-1], *ALL)

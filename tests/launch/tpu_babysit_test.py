@@ -93,7 +93,10 @@ def test_a_killed_run_is_started_again_and_given_up(launcher):
   (launcher.folder / 'steps').write_text('137')
   with babysitter(launcher, '--restarts=3', '--keep') as process:
     assert process.wait(90) == 3
-    assert 'giving up after 3 failures in a row' in process.stderr.read()
+    told = process.stderr.read()
+  assert 'giving up after 3 failures in a row' in told
+  assert 'the TPU is still there, and costs until you delete it' in told
+  assert 'launch/tpu_vm.sh down --topology=v5e:4x4' in told
   assert steps(launcher) == ['create']
   assert len(runs(launcher)) == 6  # the first start and two more, on two hosts
 
@@ -105,6 +108,55 @@ def test_a_run_stopped_by_its_user_stays_stopped(launcher):
     assert launcher.run('tpu_vm.sh', 'stop', *RUN).returncode == 0
     assert process.wait(60) == 143
     assert 'was stopped, and has saved' in process.stderr.read()
+
+
+@pytest.mark.slow
+def test_the_same_command_starts_a_kept_run_again(launcher):
+  """What an earlier babysitter, or another run, left there is not the end."""
+  more = [(), (), ('--config.steps=9',)]
+  for i, (status, options) in enumerate(zip((1, 0, 0), more, strict=True)):
+    (launcher.folder / 'steps').write_text(str(status))
+    with babysitter(launcher, '--keep', *options) as process:
+      assert process.wait(60) == status
+      told = process.stderr.read()
+    assert len(runs(launcher)) == 2 * (i + 1)
+    assert 'the TPU is still there, and costs until you delete it' in told
+  # The last one again: there is nothing to do.
+  with babysitter(launcher, '--keep', *more[-1]) as process:
+    assert process.wait(60) == 0
+  assert len(runs(launcher)) == 6
+  assert steps(launcher) == ['create']
+
+
+@pytest.mark.slow
+def test_the_run_of_another_is_left_alone(launcher):
+  assert launcher.run('tpu_vm.sh', 'up', *RUN).returncode == 0
+  assert launcher.run('tpu_vm.sh', 'run', '--detach', *RUN).returncode == 0
+  with babysitter(launcher, '--config.steps=9') as process:
+    assert process.wait(60) == 2
+    assert 'with another workdir or config' in process.stderr.read()
+  assert steps(launcher) == ['create']
+  assert launcher.run('tpu_vm.sh', 'stop', *RUN).returncode == 0
+
+
+@pytest.mark.slow
+def test_giving_up_deletes_the_tpu(launcher):
+  (launcher.folder / 'steps').write_text('137')
+  with babysitter(launcher, '--restarts=2') as process:
+    assert process.wait(90) == 3
+  assert steps(launcher) == ['create', 'delete']
+
+
+@pytest.mark.slow
+def test_a_tpu_that_does_not_answer_is_created_anew(launcher):
+  (launcher.folder / 'state').write_text('READY')
+  (launcher.folder / 'fail').write_text('ssh\n' * 5)
+  (launcher.folder / 'steps').write_text('0')
+  with babysitter(launcher) as process:
+    assert process.wait(60) == 0
+    told = process.stderr.read()
+  assert told.count('the TPU is there but does not answer') == 5
+  assert steps(launcher) == ['delete', 'create', 'delete']
 
 
 def test_no_capacity_is_waited_for_with_an_end(launcher):
@@ -122,7 +174,9 @@ def test_no_answer_deletes_nothing(launcher):
   (launcher.folder / 'fail').write_text('describe\n' * 9)
   with babysitter(launcher, '--restarts=2') as process:
     assert process.wait(60) == 3
-    assert 'Google Cloud does not answer' in process.stderr.read()
+    told = process.stderr.read()
+  assert 'Google Cloud does not answer' in told
+  assert 'the TPU may still be there, and costs until you delete it' in told
   assert steps(launcher) == []
 
 
@@ -149,4 +203,12 @@ def test_wrong_options(launcher, options, message):
   done = launcher.run('tpu_babysit.sh', *RUN, *options)
   assert done.returncode == 2
   assert message in done.stderr
+  assert launcher.calls() == []
+
+
+def test_a_missing_config_is_one_error_at_once(launcher):
+  done = launcher.run('tpu_babysit.sh', *RUN[:3])
+  assert done.returncode == 2
+  assert done.stderr.startswith('error: no config: add --config=')
+  assert len(done.stderr.splitlines()) == 1
   assert launcher.calls() == []

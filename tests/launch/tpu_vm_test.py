@@ -7,6 +7,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+import time
 
 import pytest
 
@@ -36,7 +37,14 @@ def runs(launcher):
 def test_one_command_starts_a_run(launcher):
   """The command of the README, as gcloud gets it."""
   planned = launcher.dry_run('tpu_vm.sh', 'all', *RUN, '--spot')
-  create = ['gcloud', 'compute', 'tpus', 'tpu-vm', 'create', 'frugax-1b']
+  create = [
+    'gcloud',
+    'compute',
+    'tpus',
+    'tpu-vm',
+    'create',
+    'frugax-1b-4deecbdc',
+  ]
   create += ['--zone=us-west4-a', '--accelerator-type=v5litepod-16']
   create += ['--version=v2-alpha-tpuv5-lite', '--spot', '--quiet']
   assert planned[0] == create
@@ -105,10 +113,19 @@ def test_installs_with_the_constraints(launcher):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ('hosts', 'status'),
-  [('1 1', 1), ('2 2', 2), ('1 137', 137), ('134 1', 134), ('0 143', 0)],
+  [
+    ('1 1', 1),
+    ('2 2', 2),
+    ('1 137', 137),
+    ('137 134', 137),
+    ('134 1', 1),
+    ('2 134', 2),
+    ('134 143', 134),
+    ('0 143', 0),
+  ],
 )
 def test_a_run_gives_its_status_and_the_tpu_back(launcher, hosts, status):
-  """Where one host was killed, the others end with 1: they have lost it."""
+  """That of the cause: a host gives 134 when it has lost another."""
   (launcher.folder / 'steps').write_text(hosts)
   done = launcher.run('tpu_vm.sh', 'all', *RUN)
   assert done.returncode == status
@@ -125,13 +142,90 @@ def test_no_tpu_to_be_had(launcher):
 @pytest.mark.parametrize('failing', ['scp', 'ssh'])
 def test_a_set_up_that_fails_leaves_the_tpu_and_says_so(launcher, failing):
   (launcher.folder / 'fail').write_text(failing)
-  done = launcher.run('tpu_vm.sh', 'all', *RUN)
+  done = launcher.run('tpu_vm.sh', 'all', *RUN, HF_TOKEN=SECRET)
   assert done.returncode == 3
+  # The file with the secret is gone.
+  left = [p for p in (launcher.folder / 'home').rglob('*') if p.is_file()]
+  assert left == []
   assert (
-    'frugax-1b is still there, and costs until the step down' in done.stderr
+    'frugax-1b-4deecbdc is still there, and costs until the step down'
+    in done.stderr
   )
   assert (launcher.folder / 'state').exists()
   assert runs(launcher) == []
+
+
+@pytest.mark.slow
+def test_a_clone_that_fails_leaves_what_answers(launcher):
+  """Without its script a host that has had a run would be unreachable."""
+  assert launcher.run('tpu_vm.sh', 'up', *RUN).returncode == 0
+  (launcher.folder / 'steps').write_text('1')
+  assert launcher.run('tpu_vm.sh', 'run', *RUN).returncode == 1
+  nowhere = ('--commit=HEAD', f'--repo={launcher.folder / "nowhere"}')
+  done = launcher.run('tpu_vm.sh', 'run', *RUN, *nowhere)
+  assert done.returncode == 3
+  done = launcher.run('tpu_vm.sh', 'report', *RUN)
+  assert done.stdout == 'READY 1\n'
+  for host in (launcher.folder / 'hosts').iterdir():
+    shutil.rmtree(host / 'frugax' / 'code')
+  done = launcher.run('tpu_vm.sh', 'report', *RUN)
+  assert done.stdout == 'READY none\n'
+
+
+def test_a_lost_connection_while_waiting_is_no_lost_tpu(launcher):
+  (launcher.folder / 'fail').write_text('describe\n' * 4)
+  done = launcher.run('tpu_vm.sh', 'up', *RUN, '--queue')
+  assert done.returncode == 0, done.stderr
+  (launcher.folder / 'fail').write_text('describe\n' * 5)
+  assert launcher.run('tpu_vm.sh', 'up', *RUN, '--queue').returncode == 3
+
+
+@pytest.mark.slow
+def test_what_another_run_has_left_is_not_of_this_one(launcher):
+  name = '--name=shared'
+  run = (*RUN, name)
+  longer = (*run, '--config.steps=9')
+  elsewhere = (*TPU, '--workdir=gs://my-bucket/runs/2b', *RUN[3:], name)
+  no_config = (*TPU, BUCKET, name)
+  assert launcher.run('tpu_vm.sh', 'up', *run).returncode == 0
+
+  def report(options):
+    return launcher.run('tpu_vm.sh', 'report', *options).stdout.split()[1]
+
+  (launcher.folder / 'steps').write_text('0')
+  done = launcher.run('tpu_vm.sh', 'run', *run, *AWKWARD)
+  assert done.returncode == 0, done.stderr
+  assert report((*run, *AWKWARD)) == report(no_config) == '0'
+  assert report(run) == report(longer) == report(elsewhere) == 'none'
+  done = launcher.run('tpu_vm.sh', 'logs', *longer)
+  assert done.returncode == 2 and 'no run with these options' in done.stderr
+
+  (launcher.folder / 'steps').unlink()
+  done = launcher.run('tpu_vm.sh', 'run', '--detach', *longer)
+  assert done.returncode == 0, done.stderr
+  assert report(longer) == report(no_config) == 'running'
+  assert report(run) == report(elsewhere) == 'another'
+  for other in (run, elsewhere):
+    done = launcher.run('tpu_vm.sh', 'run', *other)
+    assert done.returncode == 2
+    assert 'a run with another workdir or config is going on' in done.stderr
+  assert launcher.run('tpu_vm.sh', 'stop', *run).returncode == 0
+  assert launcher.run('tpu_vm.sh', 'logs', *longer).returncode == 143
+
+
+@pytest.mark.slow
+def test_a_stopped_run_that_failed_to_save_is_not_told_to_have_saved(launcher):
+  (launcher.folder / 'stopped').write_text('1')
+  assert launcher.run('tpu_vm.sh', 'up', *RUN).returncode == 0
+  done = launcher.run('tpu_vm.sh', 'run', '--detach', *RUN)
+  assert done.returncode == 0, done.stderr
+  end = time.monotonic() + 60
+  while len(runs(launcher)) < 2 and time.monotonic() < end:
+    time.sleep(0.1)
+  assert launcher.run('tpu_vm.sh', 'stop', *RUN).returncode == 0
+  assert launcher.run('tpu_vm.sh', 'logs', *RUN).returncode == 1
+  done = launcher.run('tpu_vm.sh', 'report', *RUN)
+  assert done.stdout == 'READY 1\n'
 
 
 def test_a_bucket_that_cannot_be_mounted_is_no_folder(launcher):
@@ -144,6 +238,7 @@ def test_a_bucket_that_cannot_be_mounted_is_no_folder(launcher):
   assert list(launcher.folder.rglob('runs.jsonl')) == []
 
 
+@pytest.mark.slow
 def test_a_bucket_in_two_words_is_mounted(launcher):
   (launcher.folder / 'steps').write_text('0')
   two = ('--config.data.data_dir', 'gs://my-data/tfds')
@@ -212,18 +307,24 @@ def test_a_queued_resource(launcher):
   (launcher.folder / 'steps').write_text('0')
   planned = launcher.dry_run('tpu_vm.sh', 'all', *RUN, '--queue', '--spot')
   assert planned[0][2:] == [
-    *('tpus', 'queued-resources', 'create', 'frugax-1b', '--zone=us-west4-a'),
-    *('--node-id=frugax-1b', '--accelerator-type=v5litepod-16'),
+    *(
+      'tpus',
+      'queued-resources',
+      'create',
+      'frugax-1b-4deecbdc',
+      '--zone=us-west4-a',
+    ),
+    *('--node-id=frugax-1b-4deecbdc', '--accelerator-type=v5litepod-16'),
     *('--runtime-version=v2-alpha-tpuv5-lite', '--spot', '--quiet'),
   ]
   done = launcher.run('tpu_vm.sh', 'all', *RUN, '--queue', '--spot')
   assert done.returncode == 0, done.stderr
-  assert 'the TPU frugax-1b is WAITING_FOR_RESOURCES' in done.stderr
+  assert 'the TPU frugax-1b-4deecbdc is WAITING_FOR_RESOURCES' in done.stderr
   calls = launcher.calls('gcloud')
   assert planned[0] in calls
   assert calls[-1] == planned[-1]
   assert calls[-1][3:] == [
-    *('queued-resources', 'delete', 'frugax-1b', '--zone=us-west4-a'),
+    *('queued-resources', 'delete', 'frugax-1b-4deecbdc', '--zone=us-west4-a'),
     *('--force', '--quiet'),
   ]
 
@@ -238,8 +339,9 @@ def test_a_clone_of_a_commit(launcher):
   )
   assert [c[4] for c in planned] == ['ssh'] * 5  # nothing is copied
   command = flag(planned[1], 'command')
-  assert f'checkout --quiet {commit} && bash ' in command
-  quoted = command.partition('clone --quiet ')[2].partition(' frugax/code')[0]
+  swap = 'rm -rf frugax/code && mv frugax/new frugax/code'
+  assert f'checkout --quiet {commit} && {swap} && bash ' in command
+  quoted = command.partition('clone --quiet ')[2].partition(' frugax/new')[0]
   assert (
     subprocess.run(
       ['sh', '-c', f'printf %s {quoted}'], capture_output=True, text=True

@@ -36,7 +36,7 @@ def test_arguments_arrive(launcher):
     *('--time=24:00:00', '--partition=gpu', '--exclusive'),
     *(script, *arguments, *more),
   ]
-  assert re.fullmatch(r'--job-name=frugax-a-b-\d+', submitted[2])
+  assert re.fullmatch(r'--job-name=frugax-a-b-[0-9a-f]{8}', submitted[2])
   assert trained == [
     *('srun', '--kill-on-bad-exit=1', '--nodes=2', '--ntasks-per-node=8'),
     *('bash', str(ROOT / 'launch' / 'slurm_task.sh')),
@@ -47,30 +47,83 @@ def test_arguments_arrive(launcher):
   assert launcher.calls() == [submitted]
 
 
-def test_in_the_job(launcher):
-  """Slurm runs a copy, in the repository; the steps get the arguments."""
+def job(launcher, folder, *options, **environ):
+  """Runs the script as Slurm does, a copy of it."""
   copy = launcher.folder / 'slurm_script'
   shutil.copy(ROOT / 'launch' / 'slurm.sbatch', copy)
+  return subprocess.run(
+    ['bash', str(copy), *RUN, *AWKWARD, *options],
+    cwd=folder,
+    env=launcher.environ
+    | {'PYTHON': str(launcher.folder / 'bin' / 'python'), 'SLURM_JOB_ID': '7'}
+    | environ,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
 
-  def job(folder):
-    return subprocess.run(
-      ['bash', str(copy), *RUN, *AWKWARD],
-      cwd=folder,
-      env=launcher.environ
-      | {'PYTHON': str(launcher.folder / 'bin' / 'python')},
-      capture_output=True,
-      text=True,
-      check=False,
-    )
 
-  done = job(ROOT)
+def test_in_the_job(launcher):
+  """Slurm runs a copy, in the repository; the steps get the arguments."""
+  done = job(launcher, ROOT)
   (step,) = launcher.calls('srun')
   assert step[-len(RUN) - len(AWKWARD) :] == [*RUN, *AWKWARD]
   # The step that was played wrote no summary: the run is not done.
   assert done.returncode == 143
-  done = job(launcher.folder)
+  assert launcher.calls('scontrol') == []
+  done = job(launcher, launcher.folder)
   assert done.returncode == 2
   assert "submit the job from the repository's folder" in done.stderr
+
+
+@pytest.mark.parametrize(
+  ('status', 'before', 'requeues'),
+  [
+    (137, '', True),
+    (134, '9', True),
+    (134, '10', False),
+    (143, '', False),
+    (1, '', False),
+    (2, '', False),
+  ],
+)
+def test_a_lost_process_queues_the_job_again(
+  launcher, status, before, requeues
+):
+  """Not for ever, and not when the run itself has failed."""
+  (launcher.folder / 'srun').write_text(str(status))
+  count = {'SLURM_RESTART_COUNT': before} if before else {}
+  done = job(launcher, ROOT, **count)
+  assert done.returncode == status
+  requeued = launcher.calls('scontrol')
+  assert requeued == [['scontrol', 'requeue', '7']] * requeues
+  told = {'9': 'is queued again, 9 times so', '10': 'giving up'}
+  assert told.get(before, '') in done.stderr
+
+
+def test_a_cancelled_job_is_not_queued_again(launcher):
+  """Its steps are killed as well, if they take long to save."""
+  srun = launcher.folder / 'bin' / 'srun'
+  srun.write_text('#!/bin/sh\nkill -TERM $PPID\nsleep 0.2\nexit 137\n')
+  done = job(launcher, ROOT)
+  assert done.returncode == 137
+  assert launcher.calls('scontrol') == []
+
+
+@pytest.mark.parametrize(
+  ('options', 'ids'),
+  [
+    (['--gpus-per-node=4', '--tasks-per-node=1'], '0,1,2,3'),
+    (['--gpus-per-node=4'], None),
+    (['--gpus-per-node=1'], None),
+    (['--tasks-per-node=2'], None),
+  ],
+)
+def test_one_process_has_all_gpus_of_its_node(launcher, options, ids):
+  """By itself JAX would take the first alone."""
+  job(launcher, ROOT, *options)
+  saw = json.loads((launcher.folder / 'srun.json').read_text())
+  assert saw.get('JAX_LOCAL_DEVICE_IDS') == ids
 
 
 @pytest.mark.parametrize(
@@ -82,6 +135,11 @@ def test_in_the_job(launcher):
     (['--partition=a b'], "partition 'a b' is not valid"),
     (['--secret=NOT_SET_HERE'], 'secret NOT_SET_HERE is not set'),
     (['--workdir='], '--workdir is empty'),
+    (['--restarts=no'], "restarts 'no' is not valid"),
+    (
+      ['--gpus-per-node=8', '--tasks-per-node=4'],
+      '--tasks-per-node=4 with --gpus-per-node=8: give 1',
+    ),
   ],
 )
 def test_wrong_options(launcher, change, message):

@@ -16,7 +16,9 @@ A sweep is a Python file with a function `sweep()` that yields one dict a point:
 
 A point's folder is its `name`, if it has one, or else tells its values. One
 that has its summary.json is done and is left out: give the same command again
-after a failure, or after adding points. Options after -- go to the launcher,
+after a failure, or after adding points. (Of a workdir in a bucket all that is
+beside the checkpoints is copied to .cache first, by print as well: by what is
+there now all steps say what is left.) Options after -- go to the launcher,
 which is launch/local.sh unless --launcher says another:
 
     launch/sweep.py run FILE.py --workdir=runs/rank \\
@@ -37,6 +39,7 @@ import pathlib
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -187,24 +190,27 @@ def _python() -> str:
   return os.environ.get('PYTHON') or fallback
 
 
-def _local(workdir: str, refresh: bool) -> pathlib.Path:
-  """The folder, or a copy of what a bucket has beside the checkpoints."""
+def _local(workdir: str) -> pathlib.Path:
+  """The folder, or a copy of what a bucket now has beside the checkpoints."""
   if not workdir.startswith('gs://'):
     return pathlib.Path(workdir)
   folder = _ROOT / '.cache' / 'sweeps' / workdir.removeprefix('gs://')
-  if refresh:
-    folder.mkdir(parents=True, exist_ok=True)
-    copied = subprocess.run(
-      (
-        *('gcloud', 'storage', 'rsync', '--recursive', '--quiet'),
-        *('--exclude=.*(checkpoints|tensorboard)/.*', workdir, str(folder)),
-      ),
-      capture_output=True,
-      text=True,
-    )
-    # A bucket without the folder is one that no point has reached yet.
-    if copied.returncode and 'did not match' not in copied.stderr:
+  folder.mkdir(parents=True, exist_ok=True)
+  copied = subprocess.run(
+    (
+      *('gcloud', 'storage', 'rsync', '--recursive', '--quiet'),
+      # A run that was deleted there is to be run again.
+      '--delete-unmatched-destination-objects',
+      *('--exclude=.*(checkpoints|tensorboard)/.*', workdir, str(folder)),
+    ),
+    capture_output=True,
+    text=True,
+  )
+  if copied.returncode:
+    if 'did not match' not in copied.stderr:
       raise ValueError(f'cannot read {workdir}: {copied.stderr.strip()}')
+    # A bucket without the folder is one that no point has reached yet.
+    shutil.rmtree(folder)
   return folder
 
 
@@ -261,7 +267,7 @@ def main(argv: Sequence[str]) -> int:
     args, options = _parse(argv)
     found = points(args.file)
     printing = args.step == 'print' or args.dry_run
-    folder = _local(args.workdir, refresh=not printing)
+    folder = _local(args.workdir)
   except ValueError as error:
     print(f'error: {error}', file=sys.stderr)
     return 2

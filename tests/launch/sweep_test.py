@@ -3,6 +3,7 @@
 import doctest
 import importlib.util
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -128,21 +129,54 @@ def test_through_another_launcher(launcher):
   assert len(names) == 3  # jobs of one name would wait for each other
 
 
-def test_a_bucket_is_looked_at_once(launcher, monkeypatch):
+@pytest.mark.parametrize(
+  'step', [['print'], ['run', '--dry-run'], ['run'], ['table']]
+)
+def test_every_step_sees_what_is_in_the_bucket_now(
+  launcher, monkeypatch, capsys, step
+):
+  """Also that a run was deleted there."""
+  folder = launcher.folder / '.cache/sweeps/my-bucket/rank'
+  old, new = (folder / f'tiny,rank={rank}' for rank in (8, 16))
+  old.mkdir(parents=True)
+  (old / 'summary.json').write_text('{"steps": 1}')
   calls = []
 
   def copy(command, **_):
     calls.append(command)
+    if '--delete-unmatched-destination-objects' in command:
+      (old / 'summary.json').unlink()
+    new.mkdir()
+    (new / 'summary.json').write_text('{"steps": 1}')
     return subprocess.CompletedProcess(command, 0, '', '')
+
+  started = []
+  monkeypatch.setattr(sweep.subprocess, 'run', copy)
+  monkeypatch.setattr(
+    sweep.subprocess, 'call', lambda c: started.append(sweep.line(c)) or 0
+  )
+  monkeypatch.setattr(sweep, '_ROOT', launcher.folder)
+  file = launcher.folder / 'file.py'
+  file.write_text(THREE)
+  sweep.main([step[0], str(file), '--workdir=gs://my-bucket/rank', *step[1:]])
+  (command,) = calls
+  assert command[-2:] == ('gs://my-bucket/rank', str(folder))
+  if step != ['table']:
+    lines = started or capsys.readouterr().out.splitlines()
+    assert [re.search(r'rank=(\d+)', x)[1] for x in lines] == ['8', '32']
+
+
+def test_a_bucket_without_the_folder_has_no_point(launcher, monkeypatch):
+  folder = launcher.folder / '.cache/sweeps/my-bucket/rank'
+  folder.mkdir(parents=True)
+  (folder / 'summary.json').write_text('{}')
+
+  def copy(command, **_):
+    return subprocess.CompletedProcess(command, 1, '', 'URLs did not match')
 
   monkeypatch.setattr(sweep.subprocess, 'run', copy)
   monkeypatch.setattr(sweep, '_ROOT', launcher.folder)
-  folder = sweep._local('gs://my-bucket/rank', refresh=True)
-  assert folder == launcher.folder / '.cache/sweeps/my-bucket/rank'
-  (command,) = calls
-  assert command[-2:] == ('gs://my-bucket/rank', str(folder))
-  sweep._local('gs://my-bucket/rank', refresh=False)
-  assert len(calls) == 1
+  assert not sweep._local('gs://my-bucket/rank').exists()
 
 
 def test_results_in_one_table(launcher):

@@ -285,6 +285,14 @@ stage() {
   fi
 }
 
+# What was sent; another call with the same name may have its own by the end.
+unstage() {
+  if [ -z "$opt_dry_run" ]; then
+    rm -rf "$STAGE"
+    trap - EXIT
+  fi
+}
+
 # A name for machines and jobs: the last part of the workdir, and a sum of the
 # whole, which tells adamw/1b from galore/1b.
 default_name() {

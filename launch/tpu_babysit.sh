@@ -92,9 +92,9 @@ failed() {
     # What failed may have left a TPU.
     read -r state run <<<"$(tpu report)" || true
     set -- "giving up after $failures failures in a row: $*"
-    case $state in
-      ABSENT) say "$1" && exit 3 ;;
-      '' | UNKNOWN)
+    case $state,$run in
+      ABSENT,*) say "$1" && exit 3 ;;
+      ,* | UNKNOWN,* | *,another)
         say "$1"
         costs 'the TPU may still be there'
         exit 3

@@ -8,7 +8,8 @@
 #
 # The steps can be taken one by one, with the same options:
 #   up      create the TPU, or queue for it, and wait until it is ready
-#   run     send the code, install it, start the run, show its log
+#   run     send the code, install it, start the run, show its log; an error
+#           where a run with another workdir or config is going on
 #   logs    show the log again; the run does not need you to stay connected
 #   report  tell the state of the TPU and of the run on each host
 #   stop    end the run after it has saved; `run` goes on from there
@@ -223,7 +224,7 @@ install_code() {
     tpu scp ${files[@]+"${files[@]}"} "$opt_name:" "${where[@]}" \
       --worker=all --quiet || return
   fi
-  [ -n "$opt_dry_run" ] || rm -rf "$STAGE"
+  unstage
   remote all "$unpack && $(worker install "$opt_extras")"
 }
 

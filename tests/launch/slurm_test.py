@@ -85,6 +85,7 @@ def test_in_the_job(launcher):
     (143, '', False),
     (1, '', False),
     (2, '', False),
+    (127, '', False),
   ],
 )
 def test_a_lost_process_queues_the_job_again(

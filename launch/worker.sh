@@ -133,10 +133,13 @@ follow() {
 
 report() {
   local status
-  status=$(cat "$HERE/status" 2>/dev/null) || true
   if alive; then
     if mine "$@"; then echo 'frugax: running'; else echo 'frugax: another'; fi
-  elif ! mine "$@"; then
+    return
+  fi
+  # (Written before the run ends, and so to be read after it has.)
+  status=$(cat "$HERE/status" 2>/dev/null) || true
+  if ! mine "$@"; then
     echo 'frugax: none'
   elif [ -e "$HERE/cancelled" ] && [ "$status" = "$STOPPED" ]; then
     echo 'frugax: cancelled'

@@ -407,3 +407,39 @@ def test_a_job_trains_is_cancelled_and_resumes(cluster, tmp_path):
   assert summary['steps'] == last
   assert summary['hardware']['processes'] == 2
   assert sorted(_steps(workdir)) == list(range(1, last + 1))
+
+
+@pytest.mark.slow
+def test_slurm_starts_a_job_again_that_lost_a_process(cluster, tmp_path):
+  """A trainer is killed once: what srun says of it is what the job acts on."""
+  workdir, log = tmp_path / 'run', tmp_path / 'job.log'
+  workdir.mkdir()
+  trainer = tmp_path / 'python'
+  trainer.write_text(f"""#!/bin/sh
+[ "$1" != -c ] || exec {sys.executable} "$@"
+[ -e {workdir}/again ] || {{
+  [ "$SLURM_PROCID" = 1 ] || exec sleep 60
+  touch {workdir}/again
+  kill -9 $$
+}}
+echo '{{}}' >{workdir}/summary.json
+""")
+  trainer.chmod(0o755)
+  done = subprocess.run(
+    [
+      *('bash', str(ROOT / 'launch' / 'slurm.sbatch'), '--tasks-per-node=2'),
+      *(f'--sbatch-flag=--output={log}', '--sbatch-flag=--parsable'),
+      *(f'--workdir={workdir}', '--config=configs/llama.py:data=c4'),
+    ],
+    cwd=ROOT,
+    env=cluster.environ | {'PYTHON': str(trainer)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  job_id = done.stdout.strip()
+  ends = ('COMPLETED', 'FAILED', 'CANCELLED')
+  cluster.wait(lambda: cluster.state(job_id) in ends, 'the second start', 300)
+  assert cluster.state(job_id) == 'COMPLETED', log.read_text()
+  assert 'a process was lost (137): the job is queued again' in log.read_text()
+  assert (workdir / 'summary.json').exists()

@@ -90,6 +90,17 @@ def test_processes_equal_one(mesh, n, make_config, command_line, tmp_path):
 
 
 @pytest.mark.slow
+def test_processes_on_cpus_load_no_program(command_line, tmp_path, monkeypatch):
+  """Loaded ones wait for ever in collectives whose order was lost."""
+  cache = tmp_path / 'cache'
+  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(cache))
+  monkeypatch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+  for i in range(2):
+    _together(command_line, tmp_path / f'run{i}', 2, mesh='fsdp=4', steps=3)
+  assert not cache.exists() or not list(cache.iterdir())
+
+
+@pytest.mark.slow
 def test_a_slow_network_changes_nothing(
   network, make_config, command_line, tmp_path
 ):

@@ -98,6 +98,10 @@ def join() -> None:
     _give_up(f'yet: {_first_line(e)}')
   finally:
     late.cancel()
+  if jax.default_backend() == 'cpu':
+    # A program that XLA loads for CPUs has lost the order of its collectives:
+    # two processes then wait in different ones, for ever.
+    jax.config.update('jax_enable_compilation_cache', False)
 
 
 def _give_up(why: str) -> NoReturn:

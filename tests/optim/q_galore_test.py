@@ -65,6 +65,18 @@ def test_bytes_of_a_model_in_4_and_8_bits():
   assert sizes['total'] < 0.17 * adam['total']
 
 
+def test_small_moments_are_rounded_on_request():
+  params = {'w': jnp.zeros((16, 64))}
+
+  def moments(**arguments):
+    return optim.state_bytes(optim.q_galore(0.1, 4, **arguments), params)[
+      'moments'
+    ]
+
+  assert moments() == 2 * 4 * 64 * 4
+  assert moments(min_size=256) == 2 * 4 * 64 * (1 + 4 / 256)
+
+
 def test_layers_that_stay_are_refreshed_less():
   lazy = refreshes.lazy(window=2)
   stack = {'w': jnp.zeros((2, M, N))}

@@ -297,6 +297,7 @@ def test_resuming_in_the_middle_of_other_data_is_refused(
       loop.train(make_config(mesh='fsdp=8', **change), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_batch_that_the_checkpoints_streams_cannot_share(
   make_config, tmp_path, monkeypatch
 ):

@@ -29,7 +29,7 @@ def q_galore(
   b2: jax.typing.ArrayLike = 0.999,
   eps: jax.typing.ArrayLike = 1e-8,
   codec: str | Codec = 'dynamic8',
-  min_size: int = 4096,
+  min_size: int | None = None,
   weight_decay: jax.typing.ArrayLike = 0.0,
   mask: Any | Callable[[Any], Any] | None = None,
   axes: Any | Callable[[Any], Any] | None = None,
@@ -70,7 +70,8 @@ def q_galore(
     b2: decay of the second moment.
     eps: added to the root of the corrected second moment.
     codec: how moments are stored, see `quantize_state`.
-    min_size: moments of a layer with fewer elements stay in float32.
+    min_size: moments of a layer with fewer elements stay in float32; None takes
+      the default of `quantize_state`.
     weight_decay: strength of decoupled decay; the parameters are then needed.
     mask: which leaves decay: a tree of booleans or a function that makes it.
     axes: which axes form the matrices, see `low_rank`; needed for leaves of
@@ -104,8 +105,8 @@ def q_galore(
       quantize_state(
         scale_by_adam_hf(b1, b2, eps, correction='moments'),
         codec,
-        min_size=min_size,
         axes=handed_on(axes),
+        **({} if min_size is None else {'min_size': min_size}),
       ),
       rank=rank,
       update_interval=update_interval,

@@ -1,6 +1,7 @@
 """launch/tpu_babysit.sh, with TPUs that are taken away."""
 
 import contextlib
+import shlex
 import subprocess
 import time
 
@@ -96,7 +97,9 @@ def test_a_killed_run_is_started_again_and_given_up(launcher):
     told = process.stderr.read()
   assert 'giving up after 3 failures in a row' in told
   assert 'the TPU is still there, and costs until you delete it' in told
-  assert 'launch/tpu_vm.sh down --topology=v5e:4x4' in told
+  script, *arguments = shlex.split(told.split('until you delete it:')[1])
+  assert script.endswith('/launch/tpu_vm.sh')
+  assert arguments[:2] == ['down', '--topology=v5e:4x4']
   assert steps(launcher) == ['create']
   assert len(runs(launcher)) == 6  # the first start and two more, on two hosts
 

@@ -17,13 +17,11 @@ trained again: copy the one in studies/logs there to report on it or to add to
 it. --report trains nothing.
 """
 
-import argparse
-import pathlib
 from collections.abc import Sequence
 
 from frugax import names
 from frugax.report import scoring
-from studies import harness, seeds
+from studies import harness, seeds, sweep
 from studies.methods import METHODS
 from studies.recipes import orders
 from studies.workloads import WORKLOADS
@@ -164,18 +162,10 @@ def _short(value):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('workdir', type=pathlib.Path)
+  parser = sweep.parser(__doc__)
   parser.add_argument('--workloads', default=','.join(harness.DEFAULT))
   parser.add_argument(
     '--methods', help='; all, and some of them where documents are padded'
-  )
-  parser.add_argument('--data_dir', default='data')
-  parser.add_argument(
-    '--jobs', type=int, default=2, help='runs at a time, each on its own core'
-  )
-  parser.add_argument(
-    '--report', action='store_true', help='train nothing, tell what is there'
   )
   args = parser.parse_args()
   workloads = args.workloads.split(',')
@@ -202,12 +192,12 @@ def main():
     if missing := [m for m in methods if m not in whole]:
       print(f'{workload}: NOT COMPLETE, left out: {", ".join(missing)}\n')
       of[workload] = whole
-    if harness.BASE not in whole or not WORKLOADS[workload].target:
+    if not bench.judges(workload):
       continue
     print(to_target(bench, workload, whole), end='\n\n')
     print(losses(bench, workload, whole), end='\n\n')
   everywhere = [m for m in METHODS if all(m in of[w] for w in workloads)]
-  if harness.BASE in everywhere:
+  if all(map(bench.judges, workloads)):
     print(scores(bench, workloads, everywhere))
 
 

@@ -295,11 +295,16 @@ class Benchmark:
 
   def target(self, workload: str) -> float:
     """The loss to be reached."""
+    trials = list(self.trials(WORKLOADS[workload].target, BASE))
     return statistics.median(
-      min(loss for loss, key in self.trials(target, BASE) if key[-1] == study)
-      for target in [WORKLOADS[workload].target]
+      min(loss for loss, key in trials if key[-1] == study)
       for study in range(STUDIES)
     )
+
+  def judges(self, workload: str) -> bool:
+    """Whether the runs are there that set the target, and AdamW's own."""
+    target = WORKLOADS[workload].target
+    return bool(target) and all(self.whole(w, BASE) for w in (workload, target))
 
   def took(self, workload: str, method: str, axis: str) -> list[float]:
     """What each study scores on an axis."""

@@ -23,7 +23,6 @@ from frugax.models import llama
 from frugax.optim import state as state_lib
 from frugax.train import optimizer as fx_optimizer
 from studies import harness, sweep
-from studies.claims import claim
 from studies.methods import CHANGES, METHODS, Parts
 from studies.recipes import orders
 from studies.workloads import WORKLOADS
@@ -126,7 +125,7 @@ class Search:
 
 
 def main():
-  args = claim.parser(__doc__.splitlines()[0]).parse_args()
+  args = sweep.parser(__doc__).parse_args()
   search = Search(args)
   best = search.run()
   bench = search.bench

@@ -11,6 +11,7 @@
 `research/` is on the path of an editable install.
 """
 
+import argparse
 import collections
 import concurrent.futures
 import dataclasses
@@ -247,6 +248,24 @@ class Results:
     new = self._path.with_suffix('.new')
     new.write_text(json.dumps(rows, indent=1) + '\n')
     new.replace(self._path)
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+  """The arguments that studies of many runs share.
+
+  Args:
+    description: of which the first line is shown.
+  """
+  made = argparse.ArgumentParser(description=description.splitlines()[0])
+  made.add_argument('workdir', type=pathlib.Path)
+  made.add_argument('--data_dir', default='data')
+  made.add_argument(
+    '--jobs', type=int, default=2, help='runs at a time, each on its own core'
+  )
+  made.add_argument(
+    '--report', action='store_true', help='train nothing, tell what is there'
+  )
+  return made
 
 
 def here() -> str:

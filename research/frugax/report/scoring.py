@@ -22,7 +22,6 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-AXES = ('steps', 'tokens', 'flops', 'seconds')
 R_MAX = 4.0  # beyond so many times the best a method gets nothing
 
 # Of one evaluation: each axis, and eval_loss.

@@ -6,6 +6,7 @@
 Interrupted, the same command goes on with the runs that are missing.
 """
 
+from studies import sweep
 from studies.claims import (
   claim,
   coap,
@@ -35,7 +36,7 @@ ALL = {
 
 
 def main():
-  parser = claim.parser('All claims.')
+  parser = sweep.parser(__doc__)
   parser.add_argument('--only', nargs='*', choices=tuple(ALL), default=())
   args = parser.parse_args()
   lab = claim.lab_of(args)

@@ -263,20 +263,6 @@ def told(claim: Claim, lab: Lab) -> tuple[str, str]:
   )
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-  """The arguments that all claims share."""
-  made = argparse.ArgumentParser(description=description)
-  made.add_argument('workdir', type=pathlib.Path)
-  made.add_argument('--data_dir', default='data')
-  made.add_argument(
-    '--jobs', type=int, default=2, help='runs at a time, each on its own cores'
-  )
-  made.add_argument(
-    '--report', action='store_true', help='train nothing, tell what is there'
-  )
-  return made
-
-
 def lab_of(args: argparse.Namespace) -> Lab:
   """The lab of parsed arguments."""
   return Lab(args.workdir, args.data_dir, args.jobs, not args.report)
@@ -284,7 +270,7 @@ def lab_of(args: argparse.Namespace) -> Lab:
 
 def main(claim: Claim) -> None:
   """The command of a claim."""
-  args = parser(claim.title).parse_args()
+  args = sweep.parser(claim.title).parse_args()
   try:
     print(told(claim, lab_of(args))[1])
   except Missing as missing:

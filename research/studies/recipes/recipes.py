@@ -37,7 +37,6 @@ contradicted if it lies outside; all else is undecided.
 A run that diverged counts as an infinite loss.
 """
 
-import argparse
 import dataclasses
 import itertools
 import math
@@ -398,18 +397,10 @@ def collect(
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('workdir', type=pathlib.Path)
+  parser = sweep.parser(__doc__)
   parser.add_argument('--size', choices=tuple(SIZES), default='tiny')
-  parser.add_argument('--data_dir', default='data')
   parser.add_argument(
     '--steps', type=int, default=0, help='0: that of the size'
-  )
-  parser.add_argument(
-    '--jobs', type=int, default=2, help='runs at a time, each on its own cores'
-  )
-  parser.add_argument(
-    '--report', action='store_true', help='train nothing, tell what is there'
   )
   args = parser.parse_args()
   args.steps = args.steps or SIZES[args.size].steps

@@ -37,7 +37,6 @@ The five lower rates had been run, and judged by the rise of the training loss
 alone, when this was written; the three upper ones had not.
 """
 
-import argparse
 import collections
 import math
 import pathlib
@@ -321,19 +320,11 @@ def collect(args, names=tuple(RATES)) -> tuple[sweep.Results, list[sweep.Key]]:
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('workdir', type=pathlib.Path)
+  parser = sweep.parser(__doc__)
   parser.add_argument('--size', choices=tuple(SCHEDULES), default='tiny')
   parser.add_argument('--matmul', default='fp4_sim')
-  parser.add_argument('--data_dir', default='data')
   parser.add_argument(
     '--steps', type=int, default=0, help='0: that of the size'
-  )
-  parser.add_argument(
-    '--jobs', type=int, default=2, help='runs at a time, each on its own cores'
-  )
-  parser.add_argument(
-    '--report', action='store_true', help='train nothing, tell what is there'
   )
   args = parser.parse_args()
   args.steps = args.steps or SCHEDULES[args.size][0]

@@ -21,14 +21,14 @@ many trials over its rate and b2 (`studies/methods.py`). Losses are means over
 all tokens of the validation set that are no padding. Tokens are counted without
 padding (tokens) and with it (slots); model FLOPs are those of the slots: steps,
 slots and FLOPs are multiples of each other for all methods on a workload.
-Seconds are of training, compilation counted (nothing that was compiled before
-is used), evaluation not. Every run has one core.
+Seconds are of training, compilation of the step counted (each trial has one of
+its own, as rate and b2 are constants in it), evaluation not. Every run has one
+core.
 
 `studies/benchmark.py` is the command; claims take the same runs.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -228,12 +228,13 @@ class Benchmark:
     self.methods = dict(METHODS if methods is None else methods)
     self.train = train
     self._workdir, self._data_dir = workdir, data_dir
-    make = functools.partial(
-      sweep.Results, workdir / 'benchmark.json', FIELDS, self.run, kind=Record
+    self._results = sweep.Results(
+      workdir / 'benchmark.json',
+      FIELDS,
+      self.run,
+      sweep.Sweep(workdir, jobs),
+      kind=Record,
     )
-    # Trials count what they compile; later runs of one choice need not.
-    self._results = make(sweep.Sweep(workdir, jobs, compiled=False))
-    self._again = make(sweep.Sweep(workdir, jobs), of=self._results.of)
 
   def run(self, key: sweep.Key) -> sweep.Run:
     """The run of a key."""
@@ -337,7 +338,7 @@ class Benchmark:
     ]
     # Seed by seed, so that two runs at a time are of two methods.
     by_seed = [k for keys in zip(*own, strict=True) for k in keys]
-    self._again.get(by_seed, train=self.train)
+    self._results.get(by_seed, train=self.train)
 
   def finals(
     self, workload: str, method: str, chosen: Choice | None = None

@@ -73,12 +73,10 @@ class Sweep:
   Attributes:
     workdir: has a folder for each run.
     jobs: runs at a time.
-    compiled: whether what was compiled before is used again.
   """
 
   workdir: pathlib.Path
   jobs: int = 1
-  compiled: bool = True
 
   def train(self, runs: Iterable[Run]) -> Iterator[report.Run]:
     """Trains those that are not done.
@@ -127,11 +125,6 @@ class Sweep:
     cores = sorted(os.sched_getaffinity(0))
     return [{cores[i % len(cores)]} for i in range(self.jobs)]
 
-  def _environment(self):
-    if self.compiled:
-      return None  # this process's
-    return {**os.environ, 'JAX_ENABLE_COMPILATION_CACHE': 'false'}
-
   def _train(self, run):
     folder = self.workdir / run.name
     log = folder / 'log.txt'
@@ -142,7 +135,6 @@ class Sweep:
           run.command(self.workdir),
           stdout=out,
           stderr=subprocess.STDOUT,
-          env=self._environment(),
         ).returncode
       if code and not _diverged(log):
         raise SystemExit(
@@ -199,7 +191,6 @@ class Results:
     run: the run of a key.
     sweep: what trains them.
     kind: what is kept of each, a dataclass with `of_run`.
-    of: results to share with others of the same file; None reads it.
   """
 
   def __init__(
@@ -209,12 +200,11 @@ class Results:
     run: Callable[[Key], Run],
     sweep: Sweep,
     kind: type[Result] = Result,
-    of: dict[Key, Result] | None = None,
   ):
     self._path, self._fields = path, fields
     self._run, self._sweep, self._kind = run, sweep, kind
-    self.of: dict[Key, Result] = {} if of is None else of
-    rows = json.loads(path.read_text()) if path.exists() and of is None else []
+    self.of: dict[Key, Result] = {}
+    rows = json.loads(path.read_text()) if path.exists() else []
     for row in rows:
       key = tuple(row.pop(field) for field in fields)
       self.of[key] = kind(**row)

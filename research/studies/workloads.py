@@ -47,7 +47,7 @@ class Workload:
   size: str = 'tiny'
   matmul: str = 'f32'
   model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  eval_tokens: int = 15_000
+  eval_tokens: int = 8_192
   last_tokens: int = 300_000
 
   @property
@@ -63,7 +63,7 @@ class Workload:
 
 # A model of a sixth of `tiny`, so that a run gets beyond the unigrams.
 _SMALL = types.MappingProxyType(
-  {'dim': 64, 'ffn': 176, 'n_layers': 3, 'n_heads': 4, 'n_kv_heads': 4}
+  {'dim': 64, 'ffn': 176, 'n_layers': 3, 'n_heads': 2, 'n_kv_heads': 2}
 )
 _WIDE = types.MappingProxyType(
   {'dim': 128, 'ffn': 352, 'n_layers': 3, 'n_heads': 4, 'n_kv_heads': 4}

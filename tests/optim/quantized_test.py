@@ -11,7 +11,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from frugax import optim, quant
-from frugax.optim import leafwise
 from frugax.optim.quantized import quantize_state
 
 SHAPES = {'wide': (64, 136), 'stack': (3, 32, 64), 'norm': (64,)}
@@ -420,53 +419,6 @@ def test_second_moments_can_shrink():
     )
     assert (abs(ratio - 0.999**300) < 0.01) == shrinks, codec
     assert shrinks or ratio == 1
-
-
-def program(function, shapes):
-  inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-  owners = [0, 1][: len(shapes)]
-  return leafwise.Program(function, inputs, owners)
-
-
-@pytest.mark.parametrize(
-  ('function', 'elementwise'),
-  [
-    (lambda x: [jnp.where(x > 0, x, 0) * 2], True),
-    (lambda x: [x + jnp.ones_like(x)], True),
-    (lambda x: [x / jnp.linalg.norm(x)], False),
-    (lambda x: [x.T], False),
-    (lambda x: [x[::-1]], False),
-    (lambda x: [jnp.cumsum(x, 0)], False),
-    (lambda x: [x + jnp.arange(4.0)], False),
-    (lambda x: [x + jax.random.normal(jax.random.key(0), x.shape)], False),
-    (lambda x: [x + np.arange(4, dtype=np.float32)], False),
-  ],
-)
-def test_what_is_elementwise(function, elementwise):
-  assert program(function, [(4, 4)]).elementwise([0], (4, 4)) == elementwise
-
-
-@pytest.mark.parametrize(
-  ('function', 'apart'),
-  [
-    (lambda x, y: [x * 2, jnp.tanh(y)], True),
-    (lambda x, y: list(jax.jit(lambda a, b: (a + 1, b + 2))(x, y)), True),
-    (lambda x, y: [x + y.sum(), y], False),
-    (lambda x, y: [y, x], False),
-    (
-      lambda x, y: jax.lax.cond(x[0] > 0, lambda: [x, y], lambda: [y, x]),
-      False,
-    ),
-  ],
-)
-def test_what_is_apart(function, apart):
-  found = program(function, [(4,), (4,)])
-  assert found.separates([0, 1]) == apart
-  if apart:
-    x, y = jnp.arange(4.0), jnp.ones(4)
-    want = function(x, y)
-    np.testing.assert_array_equal(found.run([0], {0: x})[0], want[0])
-    np.testing.assert_array_equal(found.run([1], {1: y})[0], want[1])
 
 
 def test_bad_input():

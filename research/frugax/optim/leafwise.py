@@ -46,6 +46,10 @@ class _Step(NamedTuple):
   def name(self):
     return self.eqn.primitive.name
 
+  @property
+  def scalar(self):
+    return all(variable.aval.shape == () for variable in self.eqn.outvars)
+
   def run(self, values):
     operands = {
       variable: _read(value, values)
@@ -59,6 +63,54 @@ class _Step(NamedTuple):
       eqns=[self.eqn],
     )
     found = jex.jaxpr_as_fun(jex.ClosedJaxpr(one, ()))(*operands.values())
+    values.update(zip(self.outputs, found, strict=True))
+
+
+class _Cond(NamedTuple):
+  """What a cond computes for one leaf.
+
+  Attributes:
+    branches: by index; their owners are positions among the operands.
+    picks: the outputs of a branch that are computed.
+    places: the operands that those take.
+    inputs: the index, and those operands.
+    outputs: the numbers of the results.
+  """
+
+  branches: tuple['Program', ...]
+  picks: list[int]
+  places: list[int]
+  inputs: tuple[int | _Constant, ...]
+  outputs: tuple[int, ...]
+  name = 'cond'
+  scalar = False
+
+  def run(self, values):
+    def branch(program):
+      def run(*operands):
+        return program.run(
+          self.picks, dict(zip(self.places, operands, strict=True))
+        )
+
+      return run
+
+    index, *operands = (_read(value, values) for value in self.inputs)
+    found = jax.lax.switch(index, [*map(branch, self.branches)], *operands)
+    values.update(zip(self.outputs, found, strict=True))
+
+
+class _Barrier(NamedTuple):
+  """A barrier, as far as it concerns one leaf."""
+
+  inputs: tuple[int | _Constant, ...]
+  outputs: tuple[int, ...]
+  name = 'optimization_barrier'
+  scalar = False
+
+  def run(self, values):
+    found = jax.lax.optimization_barrier(
+      [_read(value, values) for value in self.inputs]
+    )
     values.update(zip(self.outputs, found, strict=True))
 
 
@@ -78,7 +130,7 @@ class Program:
     owners: list[int],
   ):
     closed = jax.make_jaxpr(function)(*inputs)
-    self._steps: list[_Step] = []
+    self._steps: list[_Step | _Cond | _Barrier] = []
     self._inputs = list(zip(inputs, owners, strict=True))
     self._owners = [frozenset({i} - {SHARED}) for i in owners]
     self._outputs = self._inline(closed, range(len(inputs)))
@@ -98,17 +150,64 @@ class Program:
       operands = tuple(map(read, eqn.invars))
       if eqn.primitive.name == 'jit':
         outputs = self._inline(eqn.params['jaxpr'], operands)
+      elif eqn.primitive.name == 'cond':
+        outputs = self._cond(eqn, operands)
+      elif eqn.primitive.name == 'optimization_barrier':
+        owners = [self._owners_of(value) for value in operands]
+        outputs = self._by_owner(
+          owners, lambda picks, new: _Barrier(_at(operands, picks), new)
+        )
       else:
-        first = len(self._owners)
-        outputs = range(first, first + len(eqn.outvars))
-        owners = frozenset().union(*map(self._owners_of, operands))
-        self._owners += [owners] * len(outputs)
+        outputs = self._number([self._union(operands)] * len(eqn.outvars))
         self._steps.append(_Step(jaxpr, eqn, operands, tuple(outputs)))
       values.update(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
+  def _cond(self, eqn, operands):
+    """A cond for each owner, of what the branches compute for it."""
+    index, *operands = operands
+    places = list(range(len(operands)))
+    avals = [variable.aval for variable in eqn.invars[1:]]
+    branches = tuple(
+      Program(jex.jaxpr_as_fun(branch), avals, places)
+      for branch in eqn.params['branches']
+    )
+    needed = [
+      frozenset().union(*(b.owners_of_output(i) for b in branches))
+      for i in range(len(eqn.outvars))
+    ]
+
+    def step(picks, new):
+      own = sorted(frozenset().union(*_at(needed, picks)))
+      inputs = (index, *_at(operands, own))
+      return _Cond(branches, picks, own, inputs, new)
+
+    return self._by_owner(
+      [self._union([index, *_at(operands, own)]) for own in needed], step
+    )
+
+  def _by_owner(self, owners, step):
+    """Numbers of outputs, from a step for all those of the same owners."""
+    outputs = self._number(owners)
+    for one in dict.fromkeys(owners):
+      picks = [i for i, owner in enumerate(owners) if owner == one]
+      self._steps.append(step(picks, _at(outputs, picks)))
+    return outputs
+
+  def _number(self, owners):
+    first = len(self._owners)
+    self._owners += owners
+    return range(first, len(self._owners))
+
+  def _union(self, values):
+    return frozenset().union(*map(self._owners_of, values))
+
   def _owners_of(self, value):
     return frozenset() if isinstance(value, _Constant) else self._owners[value]
+
+  def owners_of_output(self, i: int) -> frozenset[int]:
+    """The leaves that an output depends on."""
+    return self._owners_of(self._outputs[i])
 
   def _needed(self, outputs):
     """The steps to some of the outputs, in their order."""
@@ -122,8 +221,7 @@ class Program:
   def separates(self, owners: list[int]) -> bool:
     """Whether no output depends on another leaf than its owner."""
     return all(
-      self._owners_of(value) <= {owner}
-      for owner, value in zip(owners, self._outputs, strict=True)
+      self.owners_of_output(i) <= {owner} for i, owner in enumerate(owners)
     )
 
   def names(self, outputs: list[int]) -> list[str]:
@@ -145,9 +243,10 @@ class Program:
       return value in known
 
     for step in self._needed(outputs):
-      if step.name not in ELEMENTWISE | _SPREADING:
-        return False
-      if all(among(value, uniform) for value in step.inputs):
+      # What is made of numbers alone, such as a schedule, is the same for all.
+      if all(among(value, uniform) for value in step.inputs) and (
+        step.name in ELEMENTWISE | _SPREADING or step.scalar
+      ):
         uniform.update(step.outputs)
       elif step.name in ELEMENTWISE and all(
         among(value, uniform | alike) for value in step.inputs
@@ -163,6 +262,10 @@ class Program:
     for step in self._needed(outputs):
       step.run(values)
     return [_read(self._outputs[i], values) for i in outputs]
+
+
+def _at(values, places):
+  return tuple(values[i] for i in places)
 
 
 def _read(value, values):

@@ -335,9 +335,27 @@ def test_tree_without_matrices():
   np.testing.assert_array_equal(updates['b'], 2 * np.ones(3))
 
 
+def test_a_rank_can_be_a_share_of_each_shorter_side():
+  params = {
+    'a': jnp.ones((8, 12)),
+    'b': jnp.ones((2, 16, 11)),
+    'c': jnp.ones(3),
+  }
+  params['thin'] = jnp.ones((20, 3))
+  tx = optim.low_rank(optax.trace(0.5), 0.25, axes=last_two)
+  trace = tx.init(params).inner.trace
+  assert jax.tree.map(jnp.shape, trace) == {
+    'a': (2, 12),
+    'b': (2, 16, 2),
+    'c': (3,),
+    'thin': (20, 1),
+  }
+
+
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
+    ({'rank': 1.0}, 'rank=1.0: .* at least 1 or a share between 0 and 1'),
     ({'rank': 0}, 'rank=0: give an int of at least 1'),
     ({'rank': -3}, 'rank=-3'),
     ({'rank': 2.5}, 'rank=2.5'),

@@ -153,15 +153,18 @@ class Program:
       elif eqn.primitive.name == 'cond':
         outputs = self._cond(eqn, operands)
       elif eqn.primitive.name == 'optimization_barrier':
-        owners = [self._owners_of(value) for value in operands]
-        outputs = self._by_owner(
-          owners, lambda picks, new: _Barrier(_at(operands, picks), new)
-        )
+        outputs = self._barrier(operands)
       else:
         outputs = self._number([self._union(operands)] * len(eqn.outvars))
         self._steps.append(_Step(jaxpr, eqn, operands, tuple(outputs)))
       values.update(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+  def _barrier(self, operands):
+    return self._by_owner(
+      [self._owners_of(value) for value in operands],
+      lambda picks, new: _Barrier(_at(operands, picks), new),
+    )
 
   def _cond(self, eqn, operands):
     """A cond for each owner, of what the branches compute for it."""

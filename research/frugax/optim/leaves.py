@@ -157,15 +157,21 @@ def check_bases(leaves: list[Leaf], moments: Any, refresh: Any) -> None:
       )
 
 
-def check_positive(name: str, value: Any) -> None:
-  """Refuse what is no int of at least 1, traced numbers included."""
+def check_positive(name: str, value: Any, otherwise: str = '') -> None:
+  """Refuse what is no int of at least 1, traced numbers included.
+
+  Args:
+    name: of the argument.
+    value: what was given.
+    otherwise: what else the caller takes, as the message goes on.
+  """
   if isinstance(value, jax.Array):
     raise ValueError(
       f'{name} is fixed when the program is compiled, so it must be a Python '
       f'int, not {value}: under optax.inject_hyperparams name it in static_args'
     )
   if not isinstance(value, numbers.Integral) or value < 1:
-    raise ValueError(f'{name}={value!r}: give an int of at least 1')
+    raise ValueError(f'{name}={value!r}: give an int of at least 1{otherwise}')
 
 
 def seed(key: jax.Array | int) -> jax.Array:

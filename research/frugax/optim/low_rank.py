@@ -39,7 +39,7 @@ class LowRankState(NamedTuple):
 
 def low_rank(
   inner: optax.GradientTransformation,
-  rank: int = 128,
+  rank: int | float = 128,
   update_interval: int = 200,
   scale: jax.typing.ArrayLike = 1.0,
   side: str = 'short',
@@ -81,7 +81,8 @@ def low_rank(
   Args:
     inner: the transformation to run in the subspaces, without learning rate.
     rank: dimension of the subspaces; a matrix with a shorter side than that
-      keeps it whole.
+      keeps it whole. A float below 1 is that share of each matrix's shorter
+      side, rounded down, 1 at least.
     update_interval: updates from one refresh of the subspaces to the next.
     scale: :math:`\alpha`, multiplies the updates of projected leaves only.
     side: which side is projected: 'short', 'long', 'left' (rows, the input
@@ -125,8 +126,9 @@ def low_rank(
     `update` are passed on to `inner`; it alone decides whether it needs them.
 
   Raises:
-    ValueError: rank or update_interval below 1 or no int; an unknown name;
-      and, from init and update, axes that do not fit or a leaf that is not
+    ValueError: a rank that is neither an int of at least 1 nor a float between
+      0 and 1; update_interval below 1 or no int; an unknown name; and, from
+      init and update, axes that do not fit or a leaf that is not
       floating-point.
 
   Examples:
@@ -148,7 +150,9 @@ def low_rank(
     Halko, Martinsson and Tropp, `Finding structure with randomness
     <https://arxiv.org/abs/0909.4061>`_, 2009 (the sketch)
   """
-  leaves_lib.check_positive('rank', rank)
+  share = isinstance(rank, float) and 0 < rank < 1
+  if not share:
+    leaves_lib.check_positive('rank', rank, ' or a share between 0 and 1')
   leaves_lib.check_positive('update_interval', update_interval)
   sides = (*projection.SIDES, 'both')
   if side not in sides:
@@ -168,13 +172,12 @@ def low_rank(
     build = projection.both(build)
   inner = optax.with_extra_args_support(inner)
 
+  def make(shape, dtype):
+    own = max(int(rank * min(shape[-2:])), 1) if share else rank
+    return build(shape, own, side, projector_dtype or dtype)
+
   def describe(tree):
-    return leaves_lib.describe(
-      tree,
-      resolve(tree, axes),
-      lambda shape, dtype: build(shape, rank, side, projector_dtype or dtype),
-      side,
-    )
+    return leaves_lib.describe(tree, resolve(tree, axes), make, side)
 
   def init_small(leaves, arrays, treedef):
     return treedef.unflatten(

@@ -52,6 +52,7 @@ _OPTIMIZERS = {
     'scale': 0.25,
     'projector': 'sketch',
   },
+  'frugal': {'learning_rate': 1e-2},
   'adam_sn': {'learning_rate': 5e-2},
   'snsm': {'learning_rate': 5e-2, 'rank': 128, 'update_interval': 100},
 }

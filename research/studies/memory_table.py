@@ -62,7 +62,7 @@ METHODS = {
   **{
     name: {}
     for name in (
-      *('fira', 'flora', 'apollo', 'apollo_mini', 'ldadam'),
+      *('fira', 'flora', 'frugal', 'apollo', 'apollo_mini', 'ldadam'),
       *('subspace_momentum', 'grad_norm_lorp', 'snsm', 'adam_sn', 'adamw_sn'),
       *('adagrad_sn', 'spam', 'stable_spam', 'sgd_sai', 'lamb', 'lisa', 'muon'),
     )
@@ -113,7 +113,7 @@ def config_of(method: str, size: str):
   known = inspect.signature(fx_optimizer.find_optimizer(name)).parameters
   with config.optimizer.unlocked(), config.model.unlocked():
     config.optimizer.update(METHODS[method])
-    if 'rank' in known and name != 'apollo_mini':
+    if 'rank' in known and name not in ('apollo_mini', 'frugal'):
       config.optimizer.rank = RANKS[size]
     if 'projector' in known and known['projector'].default == 'svd':
       config.optimizer.projector = 'sketch'

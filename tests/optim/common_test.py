@@ -113,6 +113,17 @@ OURS = {
   'galore_ldadam_random': galore_row(moments='ldadam', projector='random'),
   'q_galore': alias_row(optim.q_galore, weight_decay=0.1),
   'fira': alias_row(optim.fira),
+  'frugal': Row(
+    optim.frugal,
+    {
+      'rank': 2,
+      'update_interval': 2,
+      'min_size': 0,
+      'weight_decay': 0.1,
+      'axes': last_two,
+    },
+    ('rank', 'update_interval', 'min_size', 'axes'),
+  ),
   'fira_sketch_sign': alias_row(
     optim.fira, projector='sketch', moments='sign', residual_uses_alpha=False
   ),

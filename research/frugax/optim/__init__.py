@@ -19,6 +19,7 @@ from frugax.optim.coap import coap
 from frugax.optim.counts import counts
 from frugax.optim.fira import fira
 from frugax.optim.flora import flora
+from frugax.optim.frugal import frugal
 from frugax.optim.galore import galore
 from frugax.optim.grad_norm_lorp import grad_norm_lorp, weight_normalized
 from frugax.optim.lamb import lamb, scale_by_trust_ratio
@@ -83,6 +84,7 @@ __all__ = [
   'flora',
   'from_basis',
   'from_matrix',
+  'frugal',
   'galore',
   'grad_norm_lorp',
   'infinite_schedule',

@@ -16,7 +16,7 @@ from frugax.optim.refreshes import Schedule
 
 def fira(
   learning_rate: optax.ScalarOrSchedule,
-  rank: int = 128,
+  rank: int | float = 128,
   update_interval: int = 200,
   scale: jax.typing.ArrayLike = 0.25,
   side: str = 'short',

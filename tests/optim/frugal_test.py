@@ -52,7 +52,7 @@ def test_is_the_combination_that_the_search_found():
     'min_size': arguments.pop('state_min_size'),
   }
   make = getattr(optim, found.optimizer)
-  want = optim.quantize_state(make(1e-2, b2=0.98, **arguments), **coded)
+  want = optim.quantize_state(make(1e-2, b2=0.95, **arguments), **coded)
   got = optim.frugal(1e-2, min_size=coded['min_size'])
   assert (
     coded['codec']

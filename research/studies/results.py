@@ -50,13 +50,18 @@ def text(logs: pathlib.Path) -> str:
 
 def _benchmark(bench):
   whole = {
-    w: [m for m in METHODS if bench.whole(w, m)] for w in harness.DEFAULT
+    w: [m for m in METHODS if bench.whole(w, m)]
+    for w in harness.DEFAULT
+    if bench.judges(w)
   }
   everywhere = [m for m in METHODS if all(m in own for own in whole.values())]
   return [
     '## What does each optimizer take to the same loss?',
     _command('python research/studies/benchmark.py runs/benchmark'),
     'Runs: ' + '; '.join(bench.origins()) + '.',
+    *(
+      f'Workload `{w}`: not run yet.' for w in harness.DEFAULT if w not in whole
+    ),
     *(_block(benchmark.to_target(bench, w, own)) for w, own in whole.items()),
     '## What is the loss at equal tokens?',
     *(_block(benchmark.losses(bench, w, own)) for w, own in whole.items()),

@@ -208,6 +208,12 @@ def test_results_say_what_did_not_work(tmp_path):
   assert (tmp_path / 'pareto.png').stat().st_size > 10_000
 
 
+def test_results_tell_of_workloads_that_were_not_run(tmp_path):
+  _lab(tmp_path, {('packed', 'adamw'): _ADAM, ('packed_short', 'adamw'): _ADAM})
+  text = results.text(tmp_path)
+  assert 'packed: target' in text and 'Workload `padded`: not run yet' in text
+
+
 class _Args:
   data_dir, jobs, report = 'data', 1, True
 

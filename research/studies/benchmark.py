@@ -46,18 +46,18 @@ def to_target(
     f'{workload}: target {bench.target(workload):.4f} nats a token,'
     f' {harness.STUDIES} studies of {harness.TRIALS} trials, {own.steps} steps'
     f' of {own.batch} x {own.length}',
-    f'{"":18}{"steps":>17}{"tokens":>9}{"slots":>9}{"FLOPs":>9}'
-    f'{"seconds":>20}{"state":>9}{"of Adam":>8}{"step":>9}',
+    f'{"":18}{"steps":>21}{"tokens":>9}{"slots":>9}{"FLOPs":>9}'
+    f'{"seconds":>22}{"state":>9}{"of Adam":>8}{"step":>9}',
   ]
   for name in methods:
     took = {a: bench.took(workload, name, a) for a in harness.AXES}
     middle = {a: scoring.of_workload(t) for a, t in took.items()}
     record = bench.study(workload, name, 0)[0]
     lines.append(
-      f'{name:18}{_ranged(took["steps"], 0):>17}'
+      f'{name:18}{_ranged(took["steps"], 0):>21}'
       f'{_short(middle["tokens"]):>9}{_short(middle["slots"]):>9}'
       f'{_short(middle["flops"]):>9}'
-      f'{_ranged(took["seconds"], 1):>20}'
+      f'{_ranged(took["seconds"], 1):>22}'
       f'{_short(record.state_bytes):>9}'
       f'{record.state_bytes / record.adam_bytes:8.1%}'
       f'{_short(bench.bytes_of_step(workload, name)):>9}'

@@ -28,7 +28,8 @@ def text(logs: pathlib.Path) -> str:
 
   Args:
     logs: has benchmark.json, bytes.json, search.json, measured.json, and the
-      files of the studies that claims look at.
+      files of the studies that claims look at; notes.txt, if there is anything
+      to say of how they were made.
   """
   bench = search.with_candidates(logs, train=False)
   verdicts, claims = _claims(claim.Lab(logs, train=False))
@@ -40,6 +41,7 @@ def text(logs: pathlib.Path) -> str:
     f' have seeds 0 to {harness.STUDIES - 1}, one a study; what judges a choice'
     f' has seeds {harness.FRESH[0]} to {harness.FRESH[-1]}.',
     *_benchmark(bench),
+    *_notes(logs),
     *_pareto(bench),
     *claims,
     '## What did not work?',
@@ -69,6 +71,12 @@ def _benchmark(bench):
     "AlgoPerf's score of each axis: the area under the performance profile.",
     _block(benchmark.scores(bench, list(whole), everywhere)),
   ]
+
+
+def _notes(logs):
+  """What whoever ran it has to say."""
+  path = logs / 'notes.txt'
+  return [path.read_text().strip()] if path.exists() else []
 
 
 def _pareto(bench):

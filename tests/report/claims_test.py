@@ -210,7 +210,9 @@ def test_results_say_what_did_not_work(tmp_path):
 
 def test_results_tell_of_workloads_that_were_not_run(tmp_path):
   _lab(tmp_path, {('packed', 'adamw'): _ADAM, ('packed_short', 'adamw'): _ADAM})
+  (tmp_path / 'notes.txt').write_text('Beside other work.')
   text = results.text(tmp_path)
+  assert 'Beside other work.' in text
   assert 'packed: target' in text and 'Workload `padded`: not run yet' in text
 
 

@@ -27,6 +27,7 @@ def program(function, shapes):
     (lambda x: [x[::-1]], False),
     (lambda x: [jnp.cumsum(x, 0)], False),
     (lambda x: [x + jnp.arange(4.0)], False),
+    (lambda x: [x / jnp.sum(jnp.ones_like(x) * 2)], False),
     (lambda x: [x + jax.random.normal(jax.random.key(0), x.shape)], False),
     (lambda x: [x + np.arange(4, dtype=np.float32)], False),
   ],

@@ -40,10 +40,9 @@ def frugal(
 
   A matrix of shape (m, n) with :math:`m \le n` has :math:`r (m + 2n)` numbers
   of a byte and a 64th. With r a fourth of m that is a tenth of Adam's in
-  float32 at most: 9.5 % of a square matrix, less of others. Embedding and
-  vectors, whatever is not projected, have Adam's two moments in 8 bits. Nothing
-  is decomposed, and refreshing a sharded matrix gathers nothing larger than its
-  basis.
+  float32 at most: 9.5 % of a square matrix, less of others. What is
+  not projected has Adam's two moments, in 8 bits if they are not too small.
+  Nothing is decomposed but thin bases, by QR.
 
   Args:
     learning_rate: a number or a schedule; best was five times that of AdamW,

@@ -48,7 +48,9 @@ class _Step(NamedTuple):
 
   @property
   def scalar(self):
-    return all(variable.aval.shape == () for variable in self.eqn.outvars)
+    # A sum over an array of one number depends on how large a part is.
+    atoms = (*self.eqn.invars, *self.eqn.outvars)
+    return all(atom.aval.shape == () for atom in atoms)
 
   def run(self, values):
     operands = {

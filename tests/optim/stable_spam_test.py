@@ -134,6 +134,19 @@ def test_arrays_of_any_shape_equal_the_twin(shape):
   np.testing.assert_allclose(got, want, atol=5e-6, rtol=2e-5)
 
 
+@pytest.mark.parametrize('gamma3', [0.9, 0.999])
+def test_a_first_maximum_is_not_above_itself(gamma3):
+  """Rounded, the mean over its bias may be the last bit below it."""
+  axes = optim.MatrixAxes((1,), (2,))
+  grads = np.random.default_rng(0).normal(size=(1000, 1, 3)).astype(np.float32)
+  tx = optim.adaptive_clip(gamma3, axes=axes)
+  updates, state = tx.update(grads, tx.init(grads))
+  np.testing.assert_array_equal(updates, grads)
+  assert state.clip_count == 0
+  _, state = tx.update(2 * grads, state)
+  assert state.clip_count == 1000
+
+
 def test_is_a_chain_of_its_parts():
   w, grads = spiky((3, 5))
   whole = optim.stable_spam(0.01, algorithm='paper', reset_interval=8)

@@ -305,7 +305,8 @@ def _range(gamma3, reset_interval, scalar_dtype, axes):
 
   def measure(grads, layers, treedef, state):
     decay = jnp.asarray(gamma3, jnp.float32)
-    bias = 1 - decay ** _since(state.count, reset_interval)
+    since = _since(state.count, reset_interval)
+    bias = 1 - decay**since
     clips, limits, means = state.clip_count, [], []
     for g, old, over in zip(
       grads, treedef.flatten_up_to(state.largest), layers, strict=True
@@ -313,7 +314,8 @@ def _range(gamma3, reset_interval, scalar_dtype, axes):
       top = jnp.max(jnp.abs(wide(g)), axis=over, initial=0.0)
       means.append(_mean(old, top, decay))
       limit = wide(means[-1]) / bias
-      above = top > limit
+      # A first maximum is its own mean, whatever rounding makes of that.
+      above = (top > limit) & (since > 1)
       limits.append((limit, jnp.where(above, limit / top, 1.0)))
       clips = add_count(clips, jnp.sum(above, dtype=jnp.int32))
     count = optax.safe_increment(state.count)

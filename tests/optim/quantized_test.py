@@ -1,6 +1,7 @@
 """Optimizer state in few bits: what is stored, where, and at what cost."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -50,10 +51,26 @@ def by_hand(inner, codec, steps=4, min_size=4096):
   return updates, state
 
 
+def on_a_chip(monkeypatch, size):
+  """Take the way of one accelerator, in parts of a size."""
+  monkeypatch.setattr('frugax.optim.streamed._CHIP', size)
+  monkeypatch.setattr(
+    jax.lax,
+    'platform_dependent',
+    lambda *arrays, default, **platforms: default(*arrays),
+  )
+
+
 @pytest.mark.parametrize('codec', quant.codecs.BLOCKS)
-@pytest.mark.parametrize('cached', [2**8, 2**16, 2**30])
-def test_leaf_by_leaf_and_in_parts_is_all_at_once(codec, cached, monkeypatch):
-  monkeypatch.setattr('frugax.optim.streamed._CACHED', cached)
+@pytest.mark.parametrize('size', [2**8, 2**16, 2**30])
+@pytest.mark.parametrize('chip', [False, True], ids=['cpu', 'chip'])
+def test_leaf_by_leaf_and_in_parts_is_all_at_once(
+  codec, size, chip, monkeypatch
+):
+  if chip:
+    on_a_chip(monkeypatch, size)
+  else:
+    monkeypatch.setattr('frugax.optim.streamed._CACHED', size)
   got, state = run(quantize_state(optax.scale_by_adam(), codec))
   want, want_state = by_hand(optax.scale_by_adam(), codec)
   assert isinstance(state.inner.mu['stack'], quant.Coded)
@@ -65,6 +82,18 @@ def test_leaf_by_leaf_and_in_parts_is_all_at_once(codec, cached, monkeypatch):
     decoded = quant.decode(state.inner.nu[k])
     near = np.isclose(decoded, want_state.nu[k], rtol=1e-4, atol=1e-9)
     assert near.mean() > 0.995
+
+
+@pytest.mark.parametrize(
+  ('shape', 'parts'), [((32000, 512), 8), ((512, 32000), 8), ((50257, 64), 0)]
+)
+def test_an_embedding_is_cut_on_a_chip(shape, parts, monkeypatch):
+  """In whole tiles of rows, or not at all."""
+  on_a_chip(monkeypatch, 2**21)
+  tx = quantize_state(optax.scale_by_adam(), 'dynamic8')
+  params = {'w': jax.ShapeDtypeStruct(shape, jnp.float32)}
+  jaxpr = jax.make_jaxpr(tx.update)(params, jax.eval_shape(tx.init, params))
+  assert re.findall(r'length=(\d+)', str(jaxpr)) == [str(parts)] * bool(parts)
 
 
 def test_the_update_stays_close_to_adam():
@@ -360,11 +389,15 @@ def test_random_bits_do_not_depend_on_the_mesh():
     np.testing.assert_array_equal(state.inner.nu[k], want.inner.nu[k])
 
 
-@pytest.mark.parametrize('cached', [2**8, 2**30])
-def test_random_bits_do_not_depend_on_parts(cached, monkeypatch):
+@pytest.mark.parametrize('size', [2**8, 2**30])
+@pytest.mark.parametrize('chip', [False, True], ids=['cpu', 'chip'])
+def test_random_bits_do_not_depend_on_parts(size, chip, monkeypatch):
   tx = quantize_state(optax.scale_by_adam(), 'bf16_stochastic', key=7)
   _, want = run(tx, 3)
-  monkeypatch.setattr('frugax.optim.streamed._CACHED', cached)
+  if chip:
+    on_a_chip(monkeypatch, size)
+  else:
+    monkeypatch.setattr('frugax.optim.streamed._CACHED', size)
   _, got = run(tx, 3)
   for k in ('wide', 'stack'):
     np.testing.assert_array_equal(got.inner.nu[k], want.inner.nu[k])

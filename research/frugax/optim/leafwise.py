@@ -325,13 +325,16 @@ def _bits(x):
   return jax.lax.bitcast_convert_type(x, jnp.uint16)
 
 
-def cut(shape: tuple[int, ...], rows: int, size: int) -> Parts | None:
+def cut(
+  shape: tuple[int, ...], rows: int, size: int, tile: int = 1
+) -> Parts | None:
   """Parts of about `size` elements; None if there is no such division.
 
   Args:
     shape: of the array.
     rows: how many first axes may be divided.
     size: elements a part, met within a factor of 16.
+    tile: what the flattened rows of a part are a multiple of.
 
   Returns:
     The division.
@@ -342,9 +345,10 @@ def cut(shape: tuple[int, ...], rows: int, size: int) -> Parts | None:
   """
   height = math.prod(shape[:rows])
   ideal = math.prod(shape) / size
-  if not rows or ideal <= 1:
+  if not rows or ideal <= 1 or height % tile:
     return None
-  counts = [n for n in range(1, height + 1) if height % n == 0]
+  tiles = height // tile
+  counts = [n for n in range(1, tiles + 1) if tiles % n == 0]
   count = min(counts, key=lambda n: abs(math.log(n / ideal)))
   if not 1 / 16 < count / ideal < 16:
     return None

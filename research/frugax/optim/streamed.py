@@ -19,6 +19,10 @@ _CACHED = 2**18
 _KEPT = 2**25
 # A first axis that is longer than that is not one of layers.
 _LAYERS = 128
+# Elements of a part on an accelerator: a small share of its memory, and work
+# for all of it. Rows of a part come in tiles, lest a layout is changed.
+_CHIP = 2**21
+_TILE = 32
 
 
 class Spot(NamedTuple):
@@ -76,8 +80,8 @@ def run(
 
   If the function does not mix what belongs to different owners, this is done
   for one owner after the other; if it is elementwise, in parts besides: layers
-  of a stack, and on one CPU device what fits the cache. Otherwise all is
-  decoded at once.
+  of a stack, on one device rows of other arrays, too, and on one CPU device
+  what fits the cache. Otherwise all is decoded at once.
 
   Args:
     function: from the decoded inputs to a list of outputs.
@@ -101,14 +105,26 @@ def run(
     new = function(*map(Spot.load, spots, arrays))
     return [spots[k].store(x, key) for k, x in zip(mirrored, new, strict=True)]
 
+  meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arrays)]
+  alone = all(mesh.size <= 1 for mesh in meshes)
+
+  def divide(i, out, cached):
+    rows = _rows(i, out, program, structs, spots, arrays)
+    if not rows:
+      return None
+    own = [k for k, owner in enumerate(owners) if owner == i]
+    shape = structs[own[0]].shape
+    if cached:
+      return leafwise.cut(shape, rows, _CACHED)
+    stack = any(spots[k].stack and spots[k].packed for k in own)
+    if stack and shape[0] <= _LAYERS:
+      return leafwise.Parts(shape[0], 1, (1, *shape[1:]))
+    # Several devices may each have a part of the rows.
+    return leafwise.cut(shape, rows, _CHIP, _TILE) if alone else None
+
   def leaves(arrays, key, cached):
-    parts = {
-      i: division
-      for i, out in outputs.items()
-      if (
-        division := _division(i, out, program, structs, spots, arrays, cached)
-      )
-    }
+    divided = {i: divide(i, out, cached) for i, out in outputs.items()}
+    parts = {i: division for i, division in divided.items() if division}
     cut = [
       jax.ShapeDtypeStruct(parts[i].shape, x.dtype) if i in parts else x
       for i, x in zip(owners, structs, strict=True)
@@ -153,8 +169,7 @@ def run(
         states.append([found[j] for j in state])
     return [new[j] for j in range(len(mirrored))]
 
-  meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arrays)]
-  if any(mesh.size > 1 for mesh in meshes):
+  if not alone:
     return leaves(arrays, key, cached=False)
   return jax.lax.platform_dependent(
     arrays,
@@ -164,15 +179,15 @@ def run(
   )
 
 
-def _division(owner, outputs, program, structs, spots, arrays, cached):
-  """How the arrays of a leaf are divided; None if they are not."""
+def _rows(owner, outputs, program, structs, spots, arrays):
+  """How many first axes of a leaf's arrays may be divided; 0 for none."""
   own = [k for k, spot in enumerate(spots) if spot.owner == owner]
   packed = [k for k in own if spots[k].packed]
   if owner == leafwise.SHARED or not packed:
-    return None
+    return 0
   shape = structs[own[0]].shape
   if not program.elementwise(outputs, shape):
-    return None
+    return 0
   rows = min(
     len(shape) - (x.merged if isinstance(x, Coded) else 1)
     for x in (arrays[k] for k in packed)
@@ -182,11 +197,7 @@ def _division(owner, outputs, program, structs, spots, arrays, cached):
   random = [spots[k] for k in own if spots[k].random]
   if random and (random[0].batch_axes or math.prod(shape) >= 2**32):
     rows = min(rows, 1)
-  if cached:
-    return leafwise.cut(shape, rows, _CACHED)
-  if rows and shape[0] <= _LAYERS and any(spots[k].stack for k in packed):
-    return leafwise.Parts(shape[0], 1, (1, *shape[1:]))
-  return None
+  return rows
 
 
 def _step(program, spots, shared, key, places, own, shape=None, rows=None):

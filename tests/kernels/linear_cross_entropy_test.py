@@ -259,7 +259,12 @@ def test_neither_logits_nor_weights_travel():
   assert not re.search(rf'\[{n},(2304|{vocabulary})\]', compiled.as_text())
   want = twin(x, w, labels)
   np.testing.assert_allclose(loss, want[0].sum(), rtol=1e-6)
-  assert relative(dx, want[2]) < 1e-5 and relative(dw, want[3]) < 1e-5
+  # CPUs sum in other orders: a last bit of the log-partition is in each term.
+  lse, rows = want[1][:, None], np.abs(w.T)
+  terms = np.exp(np.float64(x) @ w - lse) @ rows + rows[labels]
+  bound = np.finfo('f').eps * lse * terms  # 3e-6 at most
+  assert (np.abs(dx - want[2]) <= bound).all()
+  np.testing.assert_allclose(dw, want[3], atol=2e-6)
 
 
 @pytest.mark.parametrize('layout', ['NN', 'NT'])

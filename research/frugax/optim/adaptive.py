@@ -42,7 +42,8 @@ def adaptive_clip(
     \quad\text{where}\quad |g_i| > \hat m_t
 
   so signs stay, the largest entry becomes :math:`\hat m_t` and others above it
-  keep their proportion to that one.
+  keep their proportion to that one. Nothing is clipped at t = 1, where
+  :math:`\hat m_1 = x_1`, whatever rounding makes of that.
 
   Args:
     gamma3: decay of the mean of the largest entries.

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -416,7 +417,7 @@ def test_slurm_starts_a_job_again_that_lost_a_process(cluster, tmp_path):
   workdir.mkdir()
   trainer = tmp_path / 'python'
   trainer.write_text(f"""#!/bin/sh
-[ "$1" != -c ] || exec {sys.executable} "$@"
+[ "$1" != -c ] || exec {shlex.quote(sys.executable)} "$@"
 [ -e {workdir}/again ] || {{
   [ "$SLURM_PROCID" = 1 ] || exec sleep 60
   touch {workdir}/again

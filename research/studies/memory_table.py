@@ -115,8 +115,9 @@ def config_of(method: str, size: str):
     config.optimizer.update(METHODS[method])
     if 'rank' in known and name not in ('apollo_mini', 'frugal'):
       config.optimizer.rank = RANKS[size]
-    if 'projector' in known and known['projector'].default == 'svd':
-      config.optimizer.projector = 'sketch'
+    for argument in ('projector', 'first_projector'):
+      if argument in known and known[argument].default == 'svd':
+        config.optimizer[argument] = 'sketch'
     config.model.param_dtype = 'bfloat16'
     config.model.remat = 'full'
   config.rounding = 'stochastic'

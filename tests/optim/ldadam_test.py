@@ -28,6 +28,33 @@ def test_full_rank_is_adam():
     np.testing.assert_allclose(state[0].residuals['w'], 0.0, atol=1e-5)
 
 
+@pytest.mark.parametrize('shape', [(12, 20), (20, 12), (3, 12, 20)])
+def test_the_first_subspace_may_be_sketched(shape):
+  """Where one is the best by far, the sketch finds that of the SVD."""
+  rng = np.random.default_rng(0)
+  *batch, m, n = shape
+  g = rng.normal(size=(*batch, m, 2)) @ rng.normal(size=(*batch, 2, n))
+  g = jnp.asarray(g + 1e-3 * rng.normal(size=shape), jnp.float32)
+  spans = {'svd': [], 'sketch': []}
+  for name, found in spans.items():
+    tx = optim.ldadam(
+      0.1, 2, first_projector=name, axes=optim.MatrixAxes(-2, -1)
+    )
+    state = tx.init(g)
+    for _ in range(2):  # The first subspace, and one that follows it.
+      _, state = jax.jit(tx.update)(g, state)
+      p = state[0].projectors  # Right of a tall matrix it lies on its side.
+      p = p if m < n else p.mT
+      assert p.shape == (*batch, 12, 2)
+      found.append(p @ p.mT)
+  np.testing.assert_allclose(spans['sketch'], spans['svd'], atol=1e-4)
+
+
+def test_an_unknown_first_projector_is_named():
+  with pytest.raises(ValueError, match="first_projector 'sktech'"):
+    optim.ldadam(0.1, first_projector='sktech')
+
+
 def test_error_feedback_is_optional_and_has_a_dtype():
   params = {'w': jnp.zeros((8, 16), jnp.bfloat16)}
   sizes = {}

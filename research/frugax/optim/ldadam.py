@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from frugax import names
 from frugax.optim import linalg, moments, projection, residuals
 from frugax.optim.adam import scale_by_adam_hf
 from frugax.optim.low_rank import low_rank
@@ -19,6 +20,7 @@ def ldadam(
   scale: jax.typing.ArrayLike = 1.0,
   side: str = 'short',
   rho: jax.typing.ArrayLike = 0.908,
+  first_projector: str = 'svd',
   error_feedback: bool = True,
   b1: jax.typing.ArrayLike = 0.908,
   b2: jax.typing.ArrayLike = 0.99,
@@ -29,6 +31,7 @@ def ldadam(
   state_dtype: jax.typing.DTypeLike | None = None,
   projector_dtype: jax.typing.DTypeLike | None = None,
   error_dtype: jax.typing.DTypeLike | None = None,
+  key: jax.Array | int = 0,
 ) -> optax.GradientTransformation:
   r"""Adam in a subspace that follows gradient and momentum from step to step.
 
@@ -63,6 +66,8 @@ def ldadam(
     scale: multiplies the updates of projected leaves.
     side: 'short', 'long', 'left' or 'right', see `low_rank`.
     rho: weight of the momentum in what the subspace is fitted to.
+    first_projector: how :math:`P_1` is found: 'svd', or 'sketch', two steps of
+      orthogonal iteration, on TPUs, whose compiler takes hours for an SVD.
     error_feedback: whether to add what was missed to the next gradient.
     b1: decay of the first moment.
     b2: decay of the second moment.
@@ -74,13 +79,14 @@ def ldadam(
     state_dtype: dtype of the moments; None takes the parameters'.
     projector_dtype: dtype of the projectors; None takes the parameters'.
     error_dtype: dtype of E; None takes the parameters'.
+    key: seed or PRNG key of 'sketch'.
 
   Returns:
     An optax.GradientTransformation.
 
   Raises:
-    ValueError: as `low_rank`; and from update without parameters when
-      `weight_decay` is given.
+    ValueError: as `low_rank`; an unknown `first_projector`; and from update
+      without parameters when `weight_decay` is given.
 
   Examples:
     >>> target = jnp.arange(24.0).reshape(4, 6) % 7 - 3
@@ -108,13 +114,14 @@ def ldadam(
       update_interval=update_interval,
       scale=scale,
       side=side,
-      projector=momentum_basis(b1, rho),
+      projector=momentum_basis(b1, rho, first_projector),
       moments=moments.ldadam(b1, b2),
       residual=residuals.feedback(b1, error_dtype)
       if error_feedback
       else 'drop',
       axes=axes,
       projector_dtype=projector_dtype,
+      key=key,
     ),
     decay,
     optax.scale_by_learning_rate(learning_rate),
@@ -122,7 +129,7 @@ def ldadam(
 
 
 def momentum_basis(
-  b1: jax.typing.ArrayLike, rho: jax.typing.ArrayLike
+  b1: jax.typing.ArrayLike, rho: jax.typing.ArrayLike, first: str = 'svd'
 ) -> projection.ProjectorFn:
   r"""One power iteration on a mean of momentum and gradient.
 
@@ -135,10 +142,16 @@ def momentum_basis(
   Args:
     b1: decay of the inner transformation's first moment, which is expected.
     rho: weight of the momentum.
+    first: what finds those, 'svd' or 'sketch'.
 
   Returns:
     A projector function for `low_rank(projector=...)`.
+
+  Raises:
+    ValueError: an unknown name in `first`.
   """
+  if first not in _FIRST:
+    raise names.unknown('first_projector', first, _FIRST)
 
   def follow(g, old, moment, steps):
     bias = 1 - b1 ** steps.astype(jnp.float32)
@@ -153,8 +166,20 @@ def momentum_basis(
   def find(g, old, rank, context):
     return jax.lax.cond(
       context.count == 0,
-      lambda: linalg.left_vectors(g)[..., :rank],
+      lambda: _FIRST[first](g, rank, context.key),
       lambda: follow(g, old, context.moment, context.steps),
     )
 
   return projection.from_context(find)
+
+
+def _sketch(g, rank, key):
+  # One draw for all matrices of a stack: a layer alone gets the same one.
+  start = jax.random.normal(key, (g.shape[-2], rank), g.dtype)
+  return linalg.orthogonal_iteration(g, start, steps=2)
+
+
+_FIRST = {
+  'svd': lambda g, rank, key: linalg.left_vectors(g)[..., :rank],
+  'sketch': _sketch,
+}

@@ -28,6 +28,15 @@ def orthonormal(x: jax.Array) -> jax.Array:
   return q * jnp.where(signs == 0, 1, signs)[..., None, :]
 
 
+def orthogonal_iteration(g: jax.Array, p: jax.Array, steps: int) -> jax.Array:
+  """Steps from the columns of p towards g's leading left singular vectors."""
+  g = unit(g)
+  for _ in range(steps):
+    with jax.default_matmul_precision('highest'):
+      p = orthonormal(g @ (g.mT @ p))
+  return p
+
+
 def _factorize(f, x):
   """`f(x)` for a stack of matrices; on CPUs for one of them after the other.
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from frugax.optim import correlation, linalg
 from frugax.optim.adam import wide
-from frugax.optim.linalg import orthonormal, unit
+from frugax.optim.linalg import unit
 from frugax.optim.projection import (
   Projector,
   ProjectorFn,
@@ -73,15 +73,11 @@ def sketch_with(power_steps: int = 1) -> ProjectorFn:
   """
 
   def find(g, old, rank, key):
-    g = unit(g)
     m = g.shape[-2]
     # One draw for all matrices of a stack: a layer alone gets the same one.
     fresh = jax.random.normal(key, (m, rank), g.dtype) / jnp.sqrt(m)
     p = old + jnp.where(jnp.any(old != 0), _EXPLORE, 1.0) * fresh
-    for _ in range(power_steps):
-      with jax.default_matmul_precision('highest'):
-        p = orthonormal(g @ (jnp.swapaxes(g, -1, -2) @ p))
-    return p
+    return linalg.orthogonal_iteration(g, p, power_steps)
 
   return from_basis(find, orthonormal=True)
 

@@ -136,6 +136,7 @@ OURS = {
   'flora': alias_row(optim.flora, weight_decay=0.1),
   'ldadam': alias_row(optim.ldadam, update_interval=1, weight_decay=0.1),
   'ldadam_without_feedback': alias_row(optim.ldadam, error_feedback=False),
+  'ldadam_sketch': alias_row(optim.ldadam, first_projector='sketch'),
   'grad_norm_lorp': alias_row(
     optim.grad_norm_lorp, weight_decay=0.1, scale=1.0
   ),

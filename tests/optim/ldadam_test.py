@@ -41,6 +41,8 @@ def test_the_first_subspace_may_be_sketched(shape):
       0.1, 2, first_projector=name, axes=optim.MatrixAxes(-2, -1)
     )
     state = tx.init(g)
+    program = str(jax.make_jaxpr(tx.update)(g, state))
+    assert ('svd' in program) == (name == 'svd')
     for _ in range(2):  # The first subspace, and one that follows it.
       _, state = jax.jit(tx.update)(g, state)
       p = state[0].projectors  # Right of a tall matrix it lies on its side.

@@ -67,7 +67,7 @@ def ldadam(
     side: 'short', 'long', 'left' or 'right', see `low_rank`.
     rho: weight of the momentum in what the subspace is fitted to.
     first_projector: how :math:`P_1` is found: 'svd', or 'sketch', two steps of
-      orthogonal iteration, on TPUs, whose compiler takes hours for an SVD.
+      orthogonal iteration, on TPUs, whose compiler takes very long for an SVD.
     error_feedback: whether to add what was missed to the next gradient.
     b1: decay of the first moment.
     b2: decay of the second moment.

@@ -16,4 +16,10 @@ trap '' USR1
 child=$!
 trap 'kill -TERM "$child" 2>/dev/null || true' USR1
 trap ':' TERM
-wait_for "$child"
+status=0
+wait_for "$child" || status=$?
+# A trainer that SIGTERM stops saves and ends with 0; one that it ends before
+# that is no worse. srun gives the highest status of its tasks, which is to be
+# that of the task that was lost or has failed, not of those it then ended.
+((status != STOPPED)) || status=0
+exit "$status"

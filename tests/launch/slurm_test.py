@@ -103,6 +103,17 @@ def test_a_lost_process_queues_the_job_again(
   assert told.get(before, '') in done.stderr
 
 
+@pytest.mark.parametrize(
+  ('end', 'status'),
+  [('kill -TERM $$', 0), ('kill -KILL $$', 137), ('exit 2', 2), ('exit 0', 0)],
+)
+def test_srun_is_told_of_tasks_that_failed_not_of_those_it_ended(end, status):
+  """It gives the highest status: 143 of one that it ended would hide 137."""
+  task = ROOT / 'launch' / 'slurm_task.sh'
+  done = subprocess.run(['bash', str(task), 'sh', '-c', end], check=False)
+  assert done.returncode == status
+
+
 def test_a_cancelled_job_is_not_queued_again(launcher):
   """Its steps are killed as well, if they take long to save."""
   srun = launcher.folder / 'bin' / 'srun'

@@ -92,6 +92,20 @@ class Sweep:
     Raises:
       SystemExit: a run failed otherwise; the message has the end of its log.
     """
+    return self.each(self._train, runs)
+
+  def each(
+    self, function: Callable[[Run], Any], runs: Iterable[Run]
+  ) -> Iterator[Any]:
+    """Calls a function, which may start processes, on cores as `train` does.
+
+    Args:
+      function: takes a run.
+      runs: any number of runs.
+
+    Yields:
+      What it returns, in the order of the runs.
+    """
     os.environ.setdefault(
       'JAX_COMPILATION_CACHE_DIR', str(self.workdir.resolve() / 'jax_cache')
     )
@@ -107,7 +121,7 @@ class Sweep:
     with concurrent.futures.ThreadPoolExecutor(
       self.jobs, initializer=settle
     ) as pool:
-      yield from pool.map(self._train, runs)
+      yield from pool.map(function, runs)
 
   def done(self, run: Run) -> bool:
     """Whether a run came to its end, be it that it diverged."""

@@ -18,8 +18,6 @@ goes on: all that it logs must be what the run beside it logs, to the last bit.
 Interrupted, the same command goes on.
 """
 
-import argparse
-import pathlib
 import signal
 import subprocess
 import time
@@ -104,37 +102,60 @@ def differing(a: report.Run, b: report.Run) -> list[str]:
   return names
 
 
+def table(results: sweep.Results, steps: int, count: int) -> str:
+  """Losses of the seeds of which both runs are there, beside each other."""
+  found = [
+    seed
+    for seed in range(count)
+    if all((kind, seed) in results.of for kind in KINDS)
+  ]
+  losses = np.array(
+    [[results.of[kind, seed].eval_loss[-1] for kind in KINDS] for seed in found]
+  )
+  more = losses[:, 1] / losses[:, 0] - 1
+  mean, half = seeds.interval(more)
+  lines = [
+    f'size tiny, {steps} steps',
+    *results.origins((kind, seed) for seed in found for kind in KINDS),
+    *([f'NOT COMPLETE: {len(found)} of {count} seeds'] * (len(found) < count)),
+    '\nvalidation loss in nats a byte',
+    f'seed{"".join(f"{kind:>12}" for kind in KINDS)}{"more":>10}',
+    *(
+      f'{name:>4}{"".join(f"{loss:12.4f}" for loss in pair)}{x:+10.2%}'
+      for name, pair, x in [
+        *zip(found, losses, more, strict=True),
+        ('mean', losses.mean(0), mean),
+      ]
+    ),
+    f'\nmore, mean of {len(found)} seeds: {mean:+.2%} +- {half:.2%}, half of'
+    f' its 95 % interval; standard deviation {more.std(ddof=1):.2%}',
+  ]
+  return '\n'.join(lines)
+
+
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('workdir', type=pathlib.Path)
-  parser.add_argument('--data_dir', default='data')
+  parser = sweep.parser(__doc__)
   parser.add_argument('--steps', type=int, default=STEPS)
   parser.add_argument('--seeds', type=int, default=SEEDS, help='2 or more')
-  parser.add_argument('--jobs', type=int, default=1)
   args = parser.parse_args()
   sweeper = sweep.Sweep(args.workdir, args.jobs)
-  pairs = [(kind, seed) for seed in range(args.seeds) for kind in KINDS]
-  found = list(sweeper.train([run(*pair, args) for pair in pairs]))
-  results = {kind: found[i :: len(KINDS)] for i, kind in enumerate(KINDS)}
-  losses = np.array(
-    [[r.summary['eval_loss'] for r in own] for own in results.values()]
-  ).T
-  more = losses[:, 1] / losses[:, 0] - 1
-  print(f'size tiny, {args.steps} steps, {sweep.origin(found)}')
-  print('\nvalidation loss in nats a byte')
-  print(f'seed{"".join(f"{kind:>12}" for kind in KINDS)}{"more":>10}')
-  for seed, (pair, x) in enumerate(zip(losses, more, strict=True)):
-    print(f'{seed:4}{"".join(f"{loss:12.4f}" for loss in pair)}{x:10.2%}')
-  means = ''.join(f'{mean:12.4f}' for mean in losses.mean(0))
-  mean, half = seeds.interval(more)
-  print(f'mean{means}{mean:10.2%} +- {half:.2%}')
-  print(f'standard deviation of a pair {more.std(ddof=1):.2%}')
-  print('+-: half of the 95 % interval of the mean over seeds')
+  results = sweep.Results(
+    args.workdir / 'layerwise_tiny.json',
+    ('kind', 'seed'),
+    lambda key: run(*key, args),
+    sweeper,
+  )
+  results.get(
+    [(kind, seed) for seed in range(args.seeds) for kind in KINDS],
+    train=not args.report,
+  )
+  print(table(results, args.steps, args.seeds))
+  if args.report:
+    return
 
   again = run('layerwise', 0, args, 'layerwise-resumed')
   (steps,) = sweeper.each(lambda chosen: stop_halfway(chosen, args), [again])
-  (resumed,) = sweeper.train([again])
-  names = differing(results['layerwise'][0], resumed)
+  names = differing(*sweeper.train([run('layerwise', 0, args), again]))
   told = (
     f'differs in {", ".join(names)}' if names else 'the same to the last bit'
   )

@@ -92,12 +92,11 @@ def optimizers(rank, axes, axes_with_head):
   low = {'rank': rank, 'axes': axes}
 
   def galore(**arguments):
-    tx = optim.galore(_LR, **low, **arguments)
-    return optim.quantize_state(tx, 'dynamic8')
+    return optim.galore(_LR, codec='dynamic8', **low, **arguments)
 
   def coap(**arguments):
     codec = quant.Codec('dynamic8', block=4096, signed=True)
-    return optim.quantize_state(optim.coap(_LR, **low, **arguments), codec)
+    return optim.coap(_LR, codec=codec, **low, **arguments)
 
   return {
     _BASELINE: optax.adamw(_LR),

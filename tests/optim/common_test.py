@@ -60,9 +60,9 @@ def low_rank_row(inner, **options):
   return Row(low_rank, {'inner': inner, 'options': options})
 
 
-def alias_row(make, **arguments):
+def alias_row(make, static=(), **arguments):
   arguments = {'rank': 2, 'update_interval': 2, 'axes': last_two, **arguments}
-  return Row(make, arguments, ('rank', 'update_interval', 'axes'))
+  return Row(make, arguments, ('rank', 'update_interval', 'axes', *static))
 
 
 def galore_row(**arguments):
@@ -111,18 +111,16 @@ OURS = {
   'galore_random': galore_row(projector='random', moments='reset'),
   'galore_rotate': galore_row(moments='rotate'),
   'galore_ldadam_random': galore_row(moments='ldadam', projector='random'),
-  'q_galore': alias_row(optim.q_galore, weight_decay=0.1),
+  'q_galore': alias_row(
+    optim.q_galore,
+    static=('min_size',),
+    weight_decay=0.1,
+    moments='rotate',
+    min_size=0,
+  ),
   'fira': alias_row(optim.fira),
-  'frugal': Row(
-    optim.frugal,
-    {
-      'rank': 2,
-      'update_interval': 2,
-      'min_size': 0,
-      'weight_decay': 0.1,
-      'axes': last_two,
-    },
-    ('rank', 'update_interval', 'min_size', 'axes'),
+  'frugal': alias_row(
+    optim.frugal, static=('min_size',), min_size=0, weight_decay=0.1
   ),
   'fira_sketch_sign': alias_row(
     optim.fira, projector='sketch', moments='sign', residual_uses_alpha=False

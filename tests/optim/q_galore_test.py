@@ -2,7 +2,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 from frugax import optim, quant
 from frugax.optim import refreshes
@@ -94,23 +93,6 @@ def test_layers_that_stay_are_refreshed_less():
     _, state = update({'w': jnp.stack([still, turning])}, state)
   calm, wild = state[0].refreshes['w'].interval
   assert calm > 1 and wild == 1
-
-
-def test_moments_that_cannot_turn_are_refused():
-  tx = optim.q_galore(0.1, moments='rotate')
-  with pytest.raises(ValueError, match=r"moments=Moments\('rotate'"):
-    tx.init({'w': jnp.zeros((M, 2 * N))})
-
-
-def test_codes_are_never_taken_for_moments():
-  """They have the small matrix's shape; COAP would read them otherwise."""
-  tx = optim.low_rank(
-    optim.quantize_state(optax.scale_by_adam(), 'dynamic8', min_size=0),
-    RANK,
-    moments='rotate',
-  )
-  with pytest.raises(ValueError, match=r"moments=Moments\('rotate'"):
-    tx.init({'w': jnp.zeros((M, N))})
 
 
 def test_stacked_vectors_are_rounded_as_those_of_a_layer():

@@ -100,7 +100,7 @@ def test_the_settings_that_keep_the_bars_train():
     return (params['w'] ** 2).mean()
 
   for make in (optim.galore, optim.coap):
-    tx = optim.quantize_state(make(0.1, scale=1.0, **low), 'dynamic8')
+    tx = make(0.1, scale=1.0, codec='dynamic8', **low)
 
     @jax.jit
     def step(params, state, tx=tx):

@@ -11,6 +11,8 @@ from frugax.optim.adam import scale_by_adam_hf, step_and_decay
 from frugax.optim.low_rank import low_rank
 from frugax.optim.moments import Moments, PolicyFn, Turn, for_adam
 from frugax.optim.projectors import correlation_aware
+from frugax.optim.quantized import in_few_bits
+from frugax.quant.codecs import Codec
 
 
 def restore(first: list[jax.Array], second: list[jax.Array], turn: Turn):
@@ -48,6 +50,7 @@ def coap(
   mask: Any | Callable[[Any], Any] | None = None,
   axes: Any | Callable[[Any], Any] | None = None,
   state_dtype: jax.typing.DTypeLike | None = None,
+  codec: str | Codec | None = None,
   projector_dtype: jax.typing.DTypeLike | None = None,
   key: jax.Array | int = 0,
 ) -> optax.GradientTransformation:
@@ -83,6 +86,8 @@ def coap(
     axes: which axes form the matrices, see `low_rank`; needed for leaves of
       more than two axes.
     state_dtype: dtype of the moments; None takes the parameters'.
+    codec: how moments are stored between updates, see `quantize_state`; None
+      leaves them in `state_dtype`.
     projector_dtype: as in `low_rank`; None takes the parameters'.
     key: seed or PRNG key of the first sketch.
 
@@ -110,7 +115,7 @@ def coap(
   """
   return optax.chain(
     low_rank(
-      scale_by_adam_hf(b1, b2, eps, state_dtype),
+      in_few_bits(scale_by_adam_hf(b1, b2, eps, state_dtype), codec, axes),
       rank=rank,
       update_interval=update_interval,
       scale=scale,

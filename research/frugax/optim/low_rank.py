@@ -227,15 +227,23 @@ def low_rank(
       leaf.matrix(x, residual.carry and leaf.axes and residual.carry(memory))
       for leaf, x, memory in zip(leaves, arrays, memories, strict=True)
     ]
-    flat, inner_treedef = jax.tree.flatten(state.inner)
+    flat, inner_treedef = jax.tree.flatten(
+      state.inner, is_leaf=moments_lib.is_coded
+    )
     groups = find_moments(leaves, state.inner)
     first = {g.leaf: g.first[0] for g in reversed(groups) if g.first}
 
     def reset():
       whole = arrays if params is None else treedef.flatten_up_to(params)
-      fresh = jax.tree.leaves(inner.init(init_small(leaves, whole, treedef)))
+      fresh = jax.tree.leaves(
+        inner.init(init_small(leaves, whole, treedef)),
+        is_leaf=moments_lib.is_coded,
+      )
       # Gradients may be of another dtype than the parameters in init were.
-      return {i: x.astype(flat[i].dtype) for i, x in enumerate(fresh)}
+      return {
+        i: x if moments_lib.is_coded(x) else x.astype(flat[i].dtype)
+        for i, x in enumerate(fresh)
+      }
 
     new = refreshes_lib.run(
       refreshes_lib.Plan(schedule, update_interval, moments, leaves, groups),

@@ -10,6 +10,7 @@ which need no basis.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from frugax import names
 from frugax.optim.adam import wide
 from frugax.optim.axes import path_name
+from frugax.quant.codecs import Coded, decode, encode
 
 
 class Turn(NamedTuple):
@@ -52,6 +54,23 @@ PolicyFn = Callable[[Arrays, Arrays, Turn], tuple[Arrays, Arrays]]
 FIRST = ('mu', 'm', 'm1', 'm2', 'trace', 'ema', 'momentum', 'acc_grads')
 # Fields that are quadratic in them, and never negative.
 SECOND = ('nu', 'v', 'nu_max', 'sum_of_squares', 'sum_of_squared_grads')
+
+
+def is_coded(x: Any) -> bool:
+  """Whether it is an array in few bits, one leaf of an inner state."""
+  return isinstance(x, Coded)
+
+
+def load(moment: jax.Array | Coded) -> jax.Array:
+  """A moment as it is computed with, in at least float32."""
+  return decode(moment) if is_coded(moment) else wide(moment)
+
+
+def store(x: jax.Array, like: jax.Array | Coded) -> jax.Array | Coded:
+  """The inverse of `load`: in the dtype, or the codec and blocks, of `like`."""
+  if is_coded(like):
+    return encode(x, like.codec, x.ndim - like.merged)
+  return x.astype(like.dtype)
 
 
 def zero(first: Arrays, second: Arrays, turn: Turn) -> tuple[Arrays, Arrays]:
@@ -235,24 +254,27 @@ def find(
   paths = list(smalls)
   index = {path: i for i, path in enumerate(paths)}
   groups: dict[Any, Group] = {}
-  for at, (path, x) in enumerate(jax.tree.leaves_with_path(state)):
+  leaves = jax.tree.leaves_with_path(state, is_leaf=is_coded)
+  for at, (path, x) in enumerate(leaves):
     prefix, i = _owner(path, index)
     small = None if i is None else smalls.get(paths[i])
     if small is None:
       continue
     field = _field(prefix)
-    known = jnp.shape(x) == small and field in moments.first + moments.second
-    known &= jnp.issubdtype(jnp.result_type(x), jnp.floating)  # no codes
-    if known:
+    shape = x.shape if is_coded(x) else jnp.shape(x)
+    known = shape == small and field in moments.first + moments.second
+    if known and (
+      is_coded(x) or jnp.issubdtype(jnp.result_type(x), jnp.floating)
+    ):
       group = groups.setdefault((i, prefix[:-1]), Group(i, [], []))
       (group.first if field in moments.first else group.second).append(at)
     elif (
       moments.turns
       and field not in moments.keep
-      and (jnp.shape(x) == small or jnp.size(x) > math.prod(small[:-2]))
+      and (shape == small or math.prod(shape) > math.prod(small[:-2]))
     ):
       raise ValueError(
-        f'{path_name(path)} of the inner state, {jnp.shape(x)}, belongs to a '
+        f'{path_name(path)} of the inner state, {shape}, belongs to a '
         f'projected parameter, but {field!r} says not how it turns with the '
         f'basis: pass moments=Moments({moments.policy!r}, first=..., '
         "second=..., keep=...) with its name in one of them, or 'keep' or "
@@ -287,12 +309,15 @@ def turn(
         return x if rows else jnp.swapaxes(x, -1, -2)
 
       first, second = moments.turns(
-        *([lay(wide(new[i])) for i in part] for part in group[1:]), change
+        *([lay(load(new[i])) for i in part] for part in group[1:]), change
       )
       for i, x in zip(at, [*first, *second], strict=True):
         # Before the first basis there is no turn, and no moment that had one.
-        x = lay(x).astype(arrays[i].dtype)
-        new[i] = jnp.where(change.steps > 0, x, arrays[i])
+        new[i] = jax.tree.map(
+          functools.partial(jnp.where, change.steps > 0),
+          store(lay(x), arrays[i]),
+          arrays[i],
+        )
   return new
 
 

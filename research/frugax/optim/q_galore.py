@@ -7,11 +7,10 @@ import jax
 import optax
 
 from frugax.optim.adam import scale_by_adam_hf, step_and_decay
-from frugax.optim.axes import handed_on
 from frugax.optim.low_rank import low_rank
-from frugax.optim.moments import Moments, PolicyFn
+from frugax.optim.moments import Moments, PolicyFn, for_adam
 from frugax.optim.projection import ProjectorFn
-from frugax.optim.quantized import quantize_state
+from frugax.optim.quantized import in_few_bits
 from frugax.optim.refreshes import Schedule
 from frugax.quant.codecs import Codec
 
@@ -62,8 +61,8 @@ def q_galore(
     scale: :math:`\alpha`; applied to projected leaves only.
     side: 'short', 'long', 'left', 'right' or 'both', see `low_rank`.
     projector: 'svd', 'sketch', 'random' or a function, see `low_rank`.
-    moments: what a refresh does to the moments: 'keep', or 'reset' together
-      with refresh='together'; codes of 8 bits cannot be turned.
+    moments: what a refresh does to the moments, see `low_rank`; 'reset' needs
+      refresh='together'.
     refresh: 'lazy', 'together', 'staggered' or as made by
       `frugax.optim.refreshes.lazy`.
     b1: decay of the first moment.
@@ -102,18 +101,18 @@ def q_galore(
   """
   return optax.chain(
     low_rank(
-      quantize_state(
+      in_few_bits(
         scale_by_adam_hf(b1, b2, eps, correction='moments'),
         codec,
-        axes=handed_on(axes),
-        **({} if min_size is None else {'min_size': min_size}),
+        axes,
+        min_size,
       ),
       rank=rank,
       update_interval=update_interval,
       scale=scale,
       side=side,
       projector=projector,
-      moments=moments,
+      moments=for_adam(moments, b1, b2),
       refresh=refresh,
       axes=axes,
       projector_dtype=projector_dtype,

@@ -11,10 +11,10 @@ import optax
 
 from frugax.optim import leaves as leaves_lib
 from frugax.optim import streamed
-from frugax.optim.axes import layer_axes
-from frugax.optim.moments import FIRST, SECOND, _field, _owner
+from frugax.optim.axes import handed_on, layer_axes
+from frugax.optim.moments import FIRST, SECOND, _field, _owner, is_coded
 from frugax.optim.streamed import Spot
-from frugax.quant.codecs import Codec, Coded
+from frugax.quant.codecs import Codec
 
 
 class QuantizeState(NamedTuple):
@@ -57,8 +57,9 @@ def quantize_state(
   stays as it is: `state_bytes` tells what was saved.
 
   As the `inner` of `low_rank` it stores the small moments; around a `low_rank`
-  it does the same. The moments are computed in float32, whatever the dtype of
-  the parameters.
+  it does the same, but holds the decoded moments of a leaf beside all that is
+  made of its gradient. The moments are computed in float32, whatever the dtype
+  of the parameters.
 
   Args:
     inner: any transformation.
@@ -131,7 +132,7 @@ def quantize_state(
     return QuantizeState(treedef.unflatten(stored), count)
 
   def update_fn(updates, state, params=None, **extra_args):
-    leaves, treedef = jax.tree.flatten_with_path(state.inner, is_leaf=_coded)
+    leaves, treedef = jax.tree.flatten_with_path(state.inner, is_leaf=is_coded)
     grads, of_grads = jax.tree.flatten(updates)
     whole = [] if params is None else of_grads.flatten_up_to(params)
     count = None if state.count is None else optax.safe_increment(state.count)
@@ -160,6 +161,30 @@ def quantize_state(
     )
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def in_few_bits(
+  inner: optax.GradientTransformation,
+  codec: str | Codec | None,
+  axes: Any | Callable[[Any], Any] | None,
+  min_size: int | None = None,
+) -> optax.GradientTransformation:
+  """What `low_rank` wraps, its moments stored by a codec if there is one.
+
+  So one leaf's small moments are decoded at a time. Around `low_rank`, whose
+  products mix the elements of a leaf, `quantize_state` stores the same, but
+  decodes a leaf beside all that the update makes of it.
+
+  Args:
+    inner: the transformation.
+    codec: of `quantize_state`; None leaves `inner` as it is.
+    axes: those of `low_rank`.
+    min_size: of `quantize_state`; None takes its default.
+  """
+  if codec is None:
+    return inner
+  size = {} if min_size is None else {'min_size': min_size}
+  return quantize_state(inner, codec, axes=handed_on(axes), **size)
 
 
 def _codecs(codec, block, sqrt, fields):
@@ -221,8 +246,4 @@ def _batch_axes(layer, ndim):
 
 
 def _real(x):
-  return _coded(x) or jnp.issubdtype(x.dtype, jnp.floating)
-
-
-def _coded(x):
-  return isinstance(x, Coded)
+  return is_coded(x) or jnp.issubdtype(x.dtype, jnp.floating)

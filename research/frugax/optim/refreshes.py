@@ -345,7 +345,8 @@ def _refresh_leaf(plan, groups, leaf, clock, key, inputs, old):
   def refresh(projector, inputs, old):
     grad, first, number = inputs
     state, moments, memory = old
-    context = Context(key, number, clock.count, first)
+    moment = None if first is None else moments_lib.load(first)
+    context = Context(key, number, clock.count, moment)
     new = projector.refresh(grad, state, context)
     # What is carried keeps the dtypes of init.
     new = jax.tree.map(lambda x, p: x.astype(p.dtype), new, state)

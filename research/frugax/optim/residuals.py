@@ -21,6 +21,7 @@ from frugax.optim.adam import wide
 from frugax.optim.axes import path_name
 from frugax.optim.leaves import Leaf
 from frugax.optim.limits import growth_factor
+from frugax.optim.moments import load
 
 
 class Parts(NamedTuple):
@@ -370,7 +371,7 @@ def _parts(leaf, projector, scale, sources):
         'the residual policy asks for the first moment of '
         f'{path_name(leaf.path)}, which the inner state does not have'
       )
-    return wide(of)
+    return load(of)
 
   return Parts(
     grad=wide(sources.grad),

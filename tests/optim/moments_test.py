@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from frugax import optim
+from frugax import optim, quant
 from frugax.optim import linalg, moments, projection, projectors
 
 
@@ -242,6 +242,31 @@ def test_what_a_policy_does_not_know_is_refused(inner, leaf):
     optim.low_rank(inner, 2, moments=known).init(params)
     left = optim.Moments('rotate', keep=('z',))
     optim.low_rank(inner, 2, moments=left).init(params)
+
+
+@pytest.mark.parametrize('shape', [(8, 512), (3, 8, 512), (3, 8, 511)])
+@pytest.mark.parametrize('codec', ['dynamic8', 'dynamic4', 'fp8_e4m3'])
+def test_codes_turn_with_a_basis_as_what_they_stand_for(codec, shape):
+  draw = np.random.default_rng(0)
+  m = jnp.asarray(draw.normal(size=shape), jnp.float32)
+  codes = [
+    quant.encode(m, quant.Codec(codec), len(shape) - 2),
+    quant.encode(m**2, quant.Codec(codec, signed=False), len(shape) - 2),
+  ]
+  bases = [
+    jnp.asarray(np.linalg.qr(draw.normal(size=(16, 8)))[0], jnp.float32)
+    for _ in range(2)
+  ]
+  turn = moments.Turn(*bases, jnp.asarray(1))
+  policy = moments.by_name('rotate')
+  group = moments.Group(0, [0], [1])
+  got = moments.turn(policy, [group], dict(enumerate(codes)), (turn,))
+  first, second = moments.rotate(*([quant.decode(x)] for x in codes), turn)
+  for k, want in enumerate((*first, *second)):
+    assert got[k].codec == codes[k].codec
+    assert got[k].merged == codes[k].merged
+    again = quant.encode(want, codes[k].codec, len(shape) - 2)
+    np.testing.assert_array_equal(quant.decode(got[k]), quant.decode(again))
 
 
 def test_ldadam_needs_one_first_moment():

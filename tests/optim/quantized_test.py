@@ -12,7 +12,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from frugax import optim, quant
-from frugax.optim import moments
 from frugax.optim.quantized import quantize_state
 
 SHAPES = {'wide': (64, 136), 'stack': (3, 32, 64), 'norm': (64,)}
@@ -358,31 +357,6 @@ def test_a_codec_inside_of_low_rank_stores_what_one_around_it_does(make):
     # its column of the update.
     off = jnp.abs(got[k] - want[k]).max(axis=-2) > 1e-5
     assert off.mean() < 0.05
-
-
-@pytest.mark.parametrize('shape', [(8, 512), (3, 8, 512), (3, 8, 511)])
-@pytest.mark.parametrize('codec', ['dynamic8', 'dynamic4', 'fp8_e4m3'])
-def test_codes_turn_with_a_basis_as_what_they_stand_for(codec, shape):
-  draw = np.random.default_rng(0)
-  m = jnp.asarray(draw.normal(size=shape), jnp.float32)
-  codes = [
-    quant.encode(m, quant.Codec(codec), len(shape) - 2),
-    quant.encode(m**2, quant.Codec(codec, signed=False), len(shape) - 2),
-  ]
-  bases = [
-    jnp.asarray(np.linalg.qr(draw.normal(size=(16, 8)))[0], jnp.float32)
-    for _ in range(2)
-  ]
-  turn = moments.Turn(*bases, jnp.asarray(1))
-  policy = moments.by_name('rotate')
-  group = moments.Group(0, [0], [1])
-  got = moments.turn(policy, [group], dict(enumerate(codes)), (turn,))
-  first, second = moments.rotate(*([quant.decode(x)] for x in codes), turn)
-  for k, want in enumerate((*first, *second)):
-    assert got[k].codec == codes[k].codec
-    assert got[k].merged == codes[k].merged
-    again = quant.encode(want, codes[k].codec, len(shape) - 2)
-    np.testing.assert_array_equal(quant.decode(got[k]), quant.decode(again))
 
 
 def mesh():

@@ -227,23 +227,17 @@ def low_rank(
       leaf.matrix(x, residual.carry and leaf.axes and residual.carry(memory))
       for leaf, x, memory in zip(leaves, arrays, memories, strict=True)
     ]
-    flat, inner_treedef = jax.tree.flatten(
-      state.inner, is_leaf=moments_lib.is_coded
-    )
+    flat, inner_treedef = moments_lib.flatten(state.inner)
     groups = find_moments(leaves, state.inner)
     first = {g.leaf: g.first[0] for g in reversed(groups) if g.first}
 
     def reset():
       whole = arrays if params is None else treedef.flatten_up_to(params)
-      fresh = jax.tree.leaves(
-        inner.init(init_small(leaves, whole, treedef)),
-        is_leaf=moments_lib.is_coded,
-      )
+      small = init_small(leaves, whole, treedef)
+      fresh, _ = moments_lib.flatten(inner.init(small))
       # Gradients may be of another dtype than the parameters in init were.
-      return {
-        i: x if moments_lib.is_coded(x) else x.astype(flat[i].dtype)
-        for i, x in enumerate(fresh)
-      }
+      fresh = jax.tree.map(lambda x, old: x.astype(old.dtype), fresh, flat)
+      return dict(enumerate(fresh))
 
     new = refreshes_lib.run(
       refreshes_lib.Plan(schedule, update_interval, moments, leaves, groups),

@@ -61,6 +61,11 @@ def is_coded(x: Any) -> bool:
   return isinstance(x, Coded)
 
 
+def flatten(state: Any) -> tuple[list[Any], jax.tree_util.PyTreeDef]:
+  """Leaves and structure of an inner state; an array in few bits is a leaf."""
+  return jax.tree.flatten(state, is_leaf=is_coded)
+
+
 def load(moment: jax.Array | Coded) -> jax.Array:
   """A moment as it is computed with, in at least float32."""
   return decode(moment) if is_coded(moment) else wide(moment)

@@ -111,7 +111,7 @@ def table(results: sweep.Results, steps: int, count: int) -> str:
   ]
   losses = np.array(
     [[results.of[kind, seed].eval_loss[-1] for kind in KINDS] for seed in found]
-  )
+  ).reshape(-1, len(KINDS))
   more = losses[:, 1] / losses[:, 0] - 1
   mean, half = seeds.interval(more)
   lines = [

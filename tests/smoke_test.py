@@ -18,7 +18,8 @@ def test_every_subpackage_imports(name):
   assert getattr(frugax, name) is importlib.import_module(f'frugax.{name}')
 
 
-def test_trains_and_resumes(tmp_path):
+@pytest.mark.parametrize('step', ['ordinary', 'layerwise'])
+def test_trains_and_resumes(tmp_path, step):
   def run(module, *arguments):
     return subprocess.run(
       [sys.executable, '-m', module, *arguments],
@@ -34,6 +35,7 @@ def test_trains_and_resumes(tmp_path):
     f'--config={_ROOT / "configs" / "llama.py"}:size=tiny,opt=galore',
     f'--workdir={workdir}',
     f'--config.data.data_dir={data}',
+    f'--config.step={step}',
     '--config.mesh=fsdp=-1',
     '--config.batch_size=8',
     '--config.eval.batch_size=8',

@@ -82,6 +82,21 @@ def products():
   yield 'int8 linear', functools.partial(linear, 'int8'), [x, w]
   yield from losses()
   yield from copies()
+  yield from codes()
+
+
+def codes():
+  for shape, dtype in (((512, 256), 'bfloat16'), ((200, 333), 'float32')):
+    for format in ('int8', 'rise4', 'fp8_e4m3', 'fp8_e5m2'):
+      for turned in (False, True):
+        for key in (None, jax.random.key(0)):
+          fn = functools.partial(
+            kernels.encode, format=format, turned=turned, key=key
+          )
+          steps = (shape[1 if turned else 0], 1), jnp.float32
+          name = f'codes {format} of {dtype}'
+          name += ' turned' * turned + ' stochastic' * (key is not None)
+          yield name, fn, [(shape, dtype), steps]
 
 
 def copies():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from frugax import kernels, lowbit
-from frugax.lowbit import multiply
+from frugax.lowbit import matrices, multiply
 
 DIMS = {
   'dense': ((2, 5, 37), (37, 3, 7), (((2,), (0,)), ((), ()))),
@@ -58,6 +58,44 @@ def test_kernels_give_what_xla_does(name, dims, monkeypatch):
   assert seen and (jnp.dtype('int4') in seen) == four
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize(
+  ('name', 'straight', 'turned'),
+  [
+    # The weights of the forward product are there for both passes.
+    ('int8', 4, 3),
+    ('fp8', 4, 3),
+    ('b1.58', 3, 0),  # of which the gradients take what it stands for
+    ('halo1', 4, 3),
+    ('quest4', 0, 0),  # has masks
+    ('nvfp4', 0, 0),  # has groups
+  ],
+)
+def test_a_kernel_rounds_what_xla_does(name, straight, turned, monkeypatch):
+  value, x, w = layer(name, 'dense', native=True)
+  want = jax.jit(value)(x, w)
+  seen = []
+
+  def interpreted(x, *args, **kwargs):
+    seen.append(kwargs['turned'])
+    return kernels.encode(x, *args, interpret=True, **kwargs)
+
+  # The branch for this platform is XLA's.
+  def not_of_cpus(*arrays, cpu, default):
+    return default(*arrays)
+
+  monkeypatch.setattr(matrices, 'encode_gains', lambda: True)
+  monkeypatch.setattr(matrices, 'encode', interpreted)
+  monkeypatch.setattr(matrices.lax, 'platform_dependent', not_of_cpus)
+  got = jax.jit(layer(name, 'dense', native=True)[0])(x, w)
+  assert (seen.count(False), seen.count(True)) == (straight, turned)
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+  seen.clear()
+  value = layer(name, 'dense', native=True, implementation='xla')[0]
+  jax.jit(value)(x, w)
+  assert not seen
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Kernels, each beside a reference in plain JAX that says what it computes."""
 
+from frugax.kernels.encode.api import encode
 from frugax.kernels.hadamard_quantize.api import hadamard_quantize
 from frugax.kernels.hadamard_quantize.options import Copy, Rounded
 from frugax.kernels.linear_cross_entropy.api import linear_cross_entropy
@@ -10,6 +11,7 @@ __all__ = [
   'Copy',
   'Quantized',
   'Rounded',
+  'encode',
   'hadamard_quantize',
   'linear_cross_entropy',
   'quantize_matmul',

@@ -34,8 +34,8 @@ COMPILES = {
   'v6e': {'mosaic': _MOSAIC},
   'tpu7x': {'mosaic': (*_MOSAIC, 'float4')},
   'hopper': {
+    'mosaic_gpu': ('int8', 'int4', 'float8'),
     'triton': ('int8', 'int4', 'mixed', 'bfloat16', 'float32'),
-    'mosaic_gpu': ('int8', 'float8'),
   },
 }
 _NEEDS = {

@@ -271,6 +271,12 @@ class _Layer(NamedTuple):
       return False
     return not self.implementation and multiply.fuses(left, rights[0], splits)
 
+  def rounded(self, operand, x, key, rotation=None, turned=None):
+    """`matrices.rounded`, of what a rotation leaves as `turned`'s transpose."""
+    turned = turned if rotation is None else None
+    how = self.batch, key, self.implementation, turned
+    return matrices.rounded(operand, x, *how)
+
   def multiply(self, left, rights, splits, out):
     return multiply.rows_by_rows(
       left,
@@ -366,7 +372,7 @@ def _backward(layer, residuals, gs):
   own, rotation = product.right.source == 'array', recipe.forward.rotation
   if product.result.format is None:  # rotating the sum is enough
     dxs = [functools.reduce(operator.add, dxs)]
-  dxs = [_unturned(rotation, dx, mask, own) for dx in dxs]
+  dxs = [matrices.unturned(rotation, dx, mask, own) for dx in dxs]
   dxs = [
     _result(layer, product, 4, dx, layer.key(key, i))
     for i, dx in enumerate(dxs)
@@ -388,16 +394,16 @@ def _input_grad(layer, i, g, w, forward_w, like, key):
   signs = key_g if rotation and rotation.signs == 'fresh' else None
   if along_rows:
     left = matrices.rotate(left, rotation, signs, axis=-2)
-  left, _ = matrices.rounded(
-    product.left, matrices.turned(left, rotation, signs), batch, key_g
-  )
+  left = matrices.turned(left, rotation, signs)
+  left = layer.rounded(product.left, left, key_g)[0]
   own = product.right.source == 'array'
   right = w
   if not own:
     right = matrices.as_array(layer.gathered(i, forward_w), w.dtype)
-  right = jnp.moveaxis(right, -1, batch)
-  right = matrices.turned(matrices.merge(right, batch + 1), rotation, signs)
-  right, _ = matrices.rounded(product.right, right, batch, key_w)
+  straight = right
+  right = matrices.columns_first(right, batch)
+  right = matrices.turned(right, rotation, signs)
+  right = layer.rounded(product.right, right, key_w, rotation, straight)[0]
   if own:
     right = layer.gathered(i, right, transposed=True)
   parts = layer.parts[i]
@@ -425,7 +431,7 @@ def _weight_grad(layer, i, g, w, x, mask, rows, keys):
   if product.rotation and product.rotation.signs == 'fresh':
     signs = key_g
   left = matrices.turned(left, product.rotation, signs)
-  left, _ = matrices.rounded(product.left, left, batch, key_g)
+  left = layer.rounded(product.left, left, key_g, product.rotation, g)[0]
   if not isinstance(x, Tiled):
     x = _weight_grad_right(layer, x, signs, x_key)
   split = layer.parts[i] and layer.parts[i].weight_grad()
@@ -441,7 +447,7 @@ def _weight_grad(layer, i, g, w, x, mask, rows, keys):
     dw = layer.multiply(left, [x], [split], out)[0]
   dw = dw.reshape(w.shape)
   own = product.right.source == 'array'
-  dw = _unturned(layer.recipe.forward.rotation, dw, mask, own)
+  dw = matrices.unturned(layer.recipe.forward.rotation, dw, mask, own)
   return _result(layer, product, 5, dw, key)
 
 
@@ -454,7 +460,7 @@ def _weight_grad_right(layer, x, signs, key):
   right = matrices.columns_first(x, layer.batch)
   key = operand_keys(key, 2, right, right)[1]
   right = matrices.turned(right, product.rotation, signs)
-  return matrices.rounded(product.right, right, layer.batch, key)[0]
+  return layer.rounded(product.right, right, key, product.rotation, x)[0]
 
 
 def _forward_weights(layer, w, key):
@@ -465,7 +471,7 @@ def _forward_weights(layer, w, key):
 def _rounded(layer, product, side, x, key):
   """An operand of the forward product, and its mask."""
   x = matrices.turned(x, product.rotation, None)
-  return matrices.rounded(getattr(product, side), x, layer.batch, key)
+  return layer.rounded(getattr(product, side), x, key)
 
 
 def _as_written(product, dtype):
@@ -480,21 +486,4 @@ def _result(layer, product, index, y, key):
   if product.result.format is None:
     return y
   key = operand_keys(key, index, y, y)[0] if product.result.stochastic else None
-  return matrices.as_array(
-    matrices.rounded(product.result, y, layer.batch, key)[0], y.dtype
-  )
-
-
-def _unturned(rotation, x, mask, own):
-  """A gradient in the basis of the layer's arrays, where its mask lets it pass.
-
-  Where the other operand was that of the forward product, the gradient is that
-  of the rotated array, and so is the mask.
-  """
-  if rotation is None or (own and mask is None):
-    return x if mask is None else jnp.where(mask, x, 0)
-  if own:
-    x = matrices.rotate(x, rotation, None)
-  if mask is not None:
-    x = jnp.where(mask, x, 0)
-  return matrices.rotate(x, rotation, None, inverse=True)
+  return matrices.as_array(layer.rounded(product.result, y, key)[0], y.dtype)

@@ -9,7 +9,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from frugax.kernels import encode
+from frugax.kernels.encode.api import gains as encode_gains
+from frugax.kernels.hadamard_quantize.options import FORMATS
 from frugax.lowbit.operands import Operand, Rotation
 from frugax.quant import elements, hadamard, quantize_tiles
 from frugax.quant.tiles import Tiled, dequantize_tiles, spread_steps, within
@@ -45,14 +49,27 @@ def merge(x, start, stop=None):
   return x.reshape(*x.shape[:start], size, *x.shape[stop:])
 
 
-def rounded(operand: Operand, x, batch, key):
-  """The operand as a Tiled without packing, or an array; its mask or None."""
+def rounded(operand: Operand, x, batch, key, implementation=None, turned=None):
+  """The operand as a Tiled without packing, or an array; its mask or None.
+
+  Args:
+    operand: how.
+    x: (*batch, *rows, columns).
+    batch: how many axes.
+    key: for stochastic rounding.
+    implementation: 'xla' for no kernel.
+    turned: what x is the transpose of, (*columns, *rows), for a kernel to read
+      as it lies in memory; None if x lies there as it is.
+  """
   if operand.format is None:
     return x, None
   if operand.simulated:
     return operand.simulated(x), None
   key = key if operand.stochastic else None
   q = quantize_tiles(x, operand.format, operand.scaling, batch, key, False)
+  if implementation != 'xla' and not batch and _by_kernel(operand, x):
+    data = _encoded(q, x, key, turned)
+    return dataclasses.replace(q, data=data), None
   kept = None
   if operand.keep == '2:4':
     kept = _two_of_four_pairs(x)
@@ -68,6 +85,40 @@ def rounded(operand: Operand, x, batch, key):
     small = jnp.abs(x.astype(jnp.float32)) <= spread_steps(q) * half
     mask = mask & (kept | small)
   return q, mask
+
+
+def _by_kernel(operand, x):
+  """Whether the codes, which follow from the scales, are a kernel's."""
+  s = operand.scaling
+  plain = (operand.keep, operand.mask, s.gain) == ('all', 'none', 1)
+  return (
+    plain
+    and operand.format in FORMATS
+    and s.tile in ((1, None), (None, None))
+    and s.scale != 'nv'
+    and x.dtype in (jnp.bfloat16, jnp.float32)
+    and 0 < x.size <= 2**31
+    and encode_gains()
+  )
+
+
+def _encoded(q, x, key, turned):
+  steps = q.steps().reshape(-1, 1)
+
+  def by_kernel(x, steps):
+    y = x.reshape(-1, q.shape[-1])
+    if turned is not None:
+      y = x.reshape(q.shape[-1], -1)
+    y = encode(y, steps, q.format, turned=turned is not None, key=key)
+    return y.reshape(q.shape)
+
+  # Where x is, is not known when it is traced.
+  return lax.platform_dependent(
+    x if turned is None else turned,
+    steps,
+    cpu=lambda *_: q.data,
+    default=by_kernel,
+  )
 
 
 def _two_of_four_pairs(x):
@@ -105,3 +156,18 @@ def rotate(x, rotation, signs, axis=-1, inverse=False):
   if rotation.signs == 'fixed':
     signs = jax.random.key(0, impl='threefry2x32')
   return hadamard(x, axis, rotation.block, signs, inverse)
+
+
+def unturned(rotation: Rotation | None, x, mask, own):
+  """A gradient in the basis of the layer's arrays, where its mask lets it pass.
+
+  Where the other operand was that of the forward product, the gradient is that
+  of the rotated array, and so is the mask.
+  """
+  if rotation is None or (own and mask is None):
+    return x if mask is None else jnp.where(mask, x, 0)
+  if own:
+    x = rotate(x, rotation, None)
+  if mask is not None:
+    x = jnp.where(mask, x, 0)
+  return rotate(x, rotation, None, inverse=True)

@@ -148,7 +148,7 @@ def _equation(eqn, operands):
 
     return _settle(once, carry)
   if name == 'scan':
-    n, m = params['num_consts'], params['num_carry']
+    n, m = _counts(params)
     consts, carry = operands[:n], operands[n : n + m]
     # Of what is walked along one axis less is known than of the whole.
     rows = [x._replace(axis=None) for x in operands[n + m :]]
@@ -168,6 +168,14 @@ def _equation(eqn, operands):
   if inner is not None and len(inner.invars) == len(operands):
     return _walk(inner, operands)
   return [_simple(eqn, operands)] * len(eqn.outvars)
+
+
+def _counts(params):
+  """How many constants a scan has, and how many arrays its carry."""
+  if 'ft_in' in params:  # since jax 0.11
+    consts, carry, _ = params['ft_in'].unpack()
+    return len(list(consts)), len(list(carry))
+  return params['num_consts'], params['num_carry']
 
 
 def _inner(params):

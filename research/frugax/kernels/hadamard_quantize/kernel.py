@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from frugax.kernels import counter
+from frugax.kernels.codes import coded
 from frugax.kernels.hadamard_quantize import steps
 from frugax.kernels.hadamard_quantize.options import TILE, Copy
 
@@ -329,7 +330,7 @@ class _Step:
       random = counter.end(
         base[0] + counter.begin(jnp.uint32(0), start), base[1]
       )
-    codes = steps.codes(copy, t, random)
+    codes = coded(copy.element, t, random, clip=not copy.bounded)
     return codes.astype(jnp.int32) if codes.dtype == jnp.float32 else codes
 
   def _mask(self, copy, t, tile):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from frugax.kernels.codes import coded
 from frugax.kernels.hadamard_quantize import steps
 from frugax.kernels.hadamard_quantize.options import TILE, Copy, Rounded
 from frugax.quant import elements
@@ -47,7 +48,7 @@ def copy_of(
   t = y * inverse
   if not by_rows:
     t = t.reshape(-1, x.shape[1])[: x.shape[0]]
-  codes = steps.codes(copy, t, random)
+  codes = coded(copy.element, t, random, clip=not copy.bounded)
   mask = sums = None
   if copy.mask != 'none':
     mask = elements.pack(jnp.abs(t) <= copy.bound, 1)

@@ -1,7 +1,5 @@
 """The arithmetic that all implementations share, on any part of the matrix."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,42 +144,3 @@ def bits(
   )
   index = (row + words[4]) * words[6] + column + words[5]
   return counter.bits(words[word], words[word + 1], index)
-
-
-def codes(
-  copy: Copy,
-  t: jax.Array,
-  random: jax.Array | None = None,
-  nearest: Callable = jnp.round,
-) -> jax.Array:
-  """The codes of rotated numbers over their scale.
-
-  Args:
-    copy: with the format.
-    t: float32.
-    random: uint32 of t's shape rounds stochastically.
-    nearest: rounds to the nearest integer, and what is half-way to an even one.
-
-  Returns:
-    Integers in float32, or an array in the format's dtype.
-
-  Examples:
-    >>> print(codes(Copy('rise2', 'none'), jnp.array([-9., -.1, 0., .1, 9.])))
-    [-2. -1. -1.  0.  1.]
-  """
-  e = copy.element
-  if not copy.bounded:
-    t = jnp.clip(t, -e.top, e.top)
-  if e.dtype != 'int8':
-    t = t if random is None else e.round(t, random)
-    return t.astype(e.dtype)
-  if e.rise:
-    t = t + 0.5
-  if random is None:
-    t = nearest(t)
-  else:
-    below = jnp.floor(t)
-    # The 24 bits fit into an int32, which all chips convert.
-    uniform = (random >> 8).astype(jnp.int32).astype(jnp.float32) * 2.0**-24
-    t = below + jnp.where(uniform < t - below, 1.0, 0.0)
-  return t - 1 if e.rise else t

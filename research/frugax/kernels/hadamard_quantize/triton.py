@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from frugax.kernels import products
+from frugax.kernels.codes import coded
 from frugax.kernels.hadamard_quantize import steps
 from frugax.kernels.hadamard_quantize.options import TILE, Copy, Rounded
 
@@ -232,7 +233,7 @@ def _round(plan, given, out):
     random = None
     if copy.stochastic:
       random = steps.bits(given['words'], 2 - 2 * axis, plan.shape, start)
-    codes = steps.codes(copy, t, random, nearest=_nearest)
+    codes = coded(copy.element, t, random, _nearest, not copy.bounded)
     if codes.dtype == jnp.float32:
       codes = codes.astype(jnp.int32)
     ref = out[f'{name} codes']
@@ -312,7 +313,7 @@ def _parts(x, dtype):
 
 
 def _nearest(t):
-  """Triton has no function for it."""
+  """Triton has no function for it; `codes.nearest` may take a product in."""
   below = jnp.floor(t)
   left, half = t - below, below * 0.5
   odd = jnp.floor(half) != half

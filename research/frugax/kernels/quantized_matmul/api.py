@@ -38,8 +38,8 @@ def quantized_matmul(
 
   `implementation=None` takes the kernel where the chip gains by it: int8 and
   int4 on v5e, v5p and v6e, 8-bit floats, int4 and float4 on tpu7x, integers as
-  weights on all of these; on Hopper (H100, H200) int8 and int4 by Triton and
-  8-bit floats, both of one dtype, by Mosaic GPU. Elsewhere XLA computes the
+  weights on all of these; on Hopper (H100, H200) int8, int4 and 8-bit floats by
+  Mosaic GPU (two different ones from jax 0.11 on). Elsewhere XLA computes the
   same, and a warning of the logger 'frugax' says so once; so it does on several
   devices, over which a kernel is cut by `jax.shard_map` alone (with
   check_vma=False).
@@ -57,7 +57,8 @@ def quantized_matmul(
       axis of 1, where they are known; else they are computed if needed.
     dtype: of the result.
     implementation: 'mosaic' (a TPU kernel), 'triton' or 'mosaic_gpu' (kernels
-      for Hopper, of integers, and of 8-bit floats or int8), 'xla', or None.
+      for Hopper, of integers, and of 8-bit floats or integers), 'xla', or
+      None.
     interpret: run the kernel as plain JAX, on any platform.
 
   Returns:
@@ -91,11 +92,12 @@ def quantized_matmul(
   m, n, k = products.sizes(a, b, layout)
   kind = products.kind(a.dtype, b.dtype)
   which = chips.choose('quantized_matmul', kind, implementation, interpret)
-  if which == 'mosaic_gpu' and a.dtype != b.dtype:
+  if which == 'mosaic_gpu' and kind == 'float8' and not _multiplies(a, b):
     if implementation:
       raise ValueError(
         "quantized_matmul: implementation='mosaic_gpu' has no products of "
-        f"{a.dtype} and {b.dtype}: give both in one, or implementation='xla'"
+        f'{a.dtype} and {b.dtype} before jax 0.11, and this is '
+        f"{jax.__version__}: give both in one, or implementation='xla'"
       )
     chips.say_so('quantized_matmul', f'{a.dtype} x {b.dtype}', 'hopper')
     which = 'xla'
@@ -116,6 +118,10 @@ def quantized_matmul(
     kernel = _gpu_kernel(which)
     blocks = tables.gpu_matmul(which, kind)
   return kernel(a, b, rows, columns, layout, dtype, blocks, interpret)
+
+
+def _multiplies(a, b):
+  return a.dtype == b.dtype or jax.__version_info__ >= (0, 11)
 
 
 def _gpu_kernel(implementation):

@@ -1,4 +1,4 @@
-"""`quantized_matmul` for Hopper, by Mosaic GPU: 8-bit floats, and int8."""
+"""`quantized_matmul` for Hopper, by Mosaic GPU: int8 and 8-bit floats."""
 
 import functools
 import inspect
@@ -16,6 +16,9 @@ from frugax.kernels.quantized_matmul.reference import rescaled
 _SWIZZLE = 128  # bytes, as the matrix unit reads shared memory
 _GROUPS = 2  # of four warps that compute; one more copies
 _REGISTERS = 40  # of a thread that copies; the others have the rest
+# Of an H100 or H200 with SXM. Where there are fewer, some programs wait.
+_PROCESSORS = 132
+_SLOTS = 2  # parts of a result that are on their way to memory
 
 
 def quantized_matmul(
@@ -30,18 +33,22 @@ def quantized_matmul(
 ) -> jax.Array:
   """See `frugax.kernels.quantized_matmul.reference`.
 
-  One group of warps copies blocks of both operands into shared memory, two
-  groups multiply them, each half the rows of a block of the result. The matrix
-  unit keeps about 14 bits of a sum of 8-bit floats, so that each step's part is
-  added to the others in float32.
+  A program for each processor goes over blocks of the result. One group of
+  warps copies blocks of both operands into shared memory, and goes on with the
+  next block of the result while that before is written; two groups multiply,
+  each half the rows of a block. Integers are summed in the matrix unit, whose
+  next product begins before the last one ends. Of a sum of 8-bit floats it
+  keeps about 14 bits, so that each step's part is added to the others in
+  float32.
 
   The matrix unit takes 8-bit numbers only with the contracted axis last in
   memory: XLA transposes the others before, or where it computes them. It also
-  fills up what is no whole number of blocks, and cuts the result.
+  fills up what is no whole number of tiles of memory, and cuts the result.
 
   Args:
     a: (M, K), or (K, M) for 'TN'.
-    b: (K, N), or (N, K) for 'NT', of the same dtype.
+    b: (K, N), or (N, K) for 'NT', of the same kind: integers, or 8-bit floats
+      (before jax 0.11 of one dtype).
     rows: (M, 2), (M, 1) or None.
     columns: (2, N), (1, N) or None.
     layout: a name in `products.LAYOUTS`.
@@ -58,14 +65,18 @@ def quantized_matmul(
     sum, and parts of 128 added in float32)
   """
   m, n, k = products.sizes(a, b, layout)
+  a, b = (x.astype(jnp.int8) if x.dtype == jnp.int4 else x for x in (a, b))
   kind = products.kind(a.dtype, b.dtype)
   a, b = products.contracted_last(a, b, layout)
   bm, bn, bk = blocks[:3]
   counts = pl.cdiv(m, bm), pl.cdiv(n, bn), pl.cdiv(k, bk)
-  whole = counts[0] * bm, counts[1] * bn
+  whole = counts[0] * bm, counts[1] * bn, counts[2] * bk
+  # What is copied beyond the end of an array is zero, and is not written.
+  store = _tiles(n, dtype)
+  filled = whole if interpret else (_whole(m, 8), _whole(n, 8), whole[2])
   a, b = (
-    products.pad(products.pad(x, 0, size), 1, counts[2] * bk)
-    for x, size in zip((a, b), whole, strict=True)
+    products.pad(products.pad(x, 0, size), 1, filled[2])
+    for x, size in zip((a, b), filled[:2], strict=True)
   )
   if interpret:
     b = b.T  # The simulated matrix unit knows no other layout.
@@ -73,18 +84,19 @@ def quantized_matmul(
   ends = [
     [] if x is None else list(products.pad(x, 1, size))
     for x, size in zip(
-      (rows if rows is None else rows.T, columns), whole, strict=True
+      (rows if rows is None else rows.T, columns), whole[:2], strict=True
     )
   ]
   body = functools.partial(
-    _kernel, kind, blocks, counts, len(ends[0]), interpret
+    _kernel, kind, blocks, counts, len(ends[0]), store, interpret
   )
   body.__name__ = f'quantized_matmul_{kind}_{layout}'
+  size = whole[:2] if interpret else (filled[0], _whole(n, store[1]))
   y = plgpu.kernel(
     body,
-    out_type=jax.ShapeDtypeStruct(whole, dtype),
-    grid=(counts[0] * counts[1],),
-    grid_names=('block',),
+    out_type=jax.ShapeDtypeStruct(size, dtype),
+    grid=(min(_PROCESSORS, counts[0] * counts[1]),),
+    grid_names=('processor',),
     num_threads=_GROUPS + 1,
     thread_name='group',
     compiler_params=plgpu.CompilerParams(
@@ -95,62 +107,133 @@ def quantized_matmul(
   return y[:m, :n]
 
 
-def _kernel(kind, blocks, counts, row_ends, interpret, a, b, *refs):
+def _whole(size, unit):
+  return pl.cdiv(size, unit) * unit
+
+
+def _tiles(n, dtype):
+  """The swizzle of a result of n columns, and columns of a tile of it.
+
+  The widest that divides the columns, as what fills them up is written and cut
+  off again.
+  """
+  size = jnp.dtype(dtype).itemsize
+  for swizzle in (128, 64, 32):
+    if n * size % swizzle == 0:
+      break
+  return swizzle, swizzle // size
+
+
+def _transforms(swizzle, columns):
+  return (
+    plgpu.TilingTransform((8, columns)),
+    plgpu.SwizzleTransform(swizzle),
+  )
+
+
+def _kernel(kind, blocks, counts, row_ends, store, interpret, a, b, *refs):
   *ends, out = refs
   ends = ends[:row_ends], ends[row_ends:]
   bm, bn, bk = blocks[:3]
-  place = lax.axis_index('block')
-  i, j = products.grouped(place, counts[0], counts[1], blocks.group)
-  half = bm // _GROUPS
-  first = lax.axis_index('group') * half
-  dtype = products.sum_dtype(kind)
+  half, dtype = bm // _GROUPS, products.sum_dtype(kind)
+  group = lax.axis_index('group')
+  mine = pl.ds(group * half, half)
+  # What the matrix unit sums whole, it may still work on in the next step.
+  late = int(kind == 'int8')
 
-  def step(_, a, b, sums):
-    b = b if interpret else plgpu.transpose_ref(b, (1, 0))
-
-    def part(acc):
-      plgpu.wgmma(acc, a.at[pl.ds(first, half)], b)
-      return acc[...]
-
-    return sums + pl.run_scoped(part, plgpu.ACC((half, bn), dtype))
-
-  def compute(pipeline):
-    y = pipeline(jnp.zeros((half, bn), dtype)).astype(jnp.float32)
-    at = pl.ds(i * bm + first, half), pl.ds(j * bn, bn)
-    scales, terms = [], []
-    for axis in (0, 1):
-      for found, x in zip((scales, terms), ends[axis], strict=False):
-        x = x[at[axis]] if interpret else _load(x.at[at[axis]])
-        found.append(lax.broadcast_in_dim(x, y.shape, (axis,)))
-    out[at] = rescaled(y, terms, scales).astype(out.dtype)
+  def pipeline(step, compute):
+    return plgpu.emit_pipeline_warp_specialized(
+      step,
+      grid=(counts[2],),
+      memory_registers=_REGISTERS,
+      in_specs=[
+        spec((bm, bk), 1),
+        spec((bk, bn), 0) if interpret else spec((bn, bk), 1),
+      ],
+      max_concurrent_steps=blocks.stages,
+      wg_axis='group',
+      num_compute_wgs=_GROUPS,
+      compute_context=compute,
+    )
 
   def spec(shape, axis):
     return plgpu.BlockSpec(
       shape,
       lambda k: (0, k) if axis else (k, 0),
       memory_space=plgpu.SMEM,
-      transforms=(
-        plgpu.TilingTransform((8, _SWIZZLE)),
-        plgpu.SwizzleTransform(_SWIZZLE),
-      ),
+      transforms=_transforms(_SWIZZLE, _SWIZZLE),
+      delay_release=late,
     )
 
-  columns = pl.ds(j * bn, bn)
-  plgpu.emit_pipeline_warp_specialized(
-    step,
-    grid=(counts[2],),
-    memory_registers=_REGISTERS,
-    in_specs=[
-      spec((bm, bk), 1),
-      spec((bk, bn), 0) if interpret else spec((bn, bk), 1),
-    ],
-    max_concurrent_steps=blocks.stages,
-    wg_axis='group',
-    num_compute_wgs=_GROUPS,
-    compute_context=compute,
-  )(
-    a.at[pl.ds(i * bm, bm)],
-    b.at[:, columns] if interpret else b.at[columns],
+  def multiply(a, b, sums):
+    plgpu.wgmma(
+      sums, a.at[mine], b if interpret else plgpu.transpose_ref(b, (1, 0))
+    )
+
+  def whole(_, a, b, sums):
+    multiply(a, b, sums)
+    plgpu.wgmma_wait(late)
+    return sums
+
+  def in_parts(_, a, b, sums):
+    def part(sums):
+      multiply(a, b, sums)
+      return sums[...]
+
+    return sums + pl.run_scoped(part, plgpu.ACC((half, bn), dtype))
+
+  def block(i, j, parts, allocations):
+    rows, columns = pl.ds(i * bm + group * half, half), pl.ds(j * bn, bn)
+
+    def finish(y):
+      scales, terms = [], []
+      for axis, at in enumerate((rows, columns)):
+        for found, x in zip((scales, terms), ends[axis], strict=False):
+          x = x[at] if interpret else _load(x.at[at])
+          found.append(lax.broadcast_in_dim(x, y.shape, (axis,)))
+      y = rescaled(y.astype(jnp.float32), terms, scales).astype(out.dtype)
+      width = parts.shape[-1]
+      for n in range(0, bn, width):
+        part = parts.at[group, n // width % _SLOTS]
+        plgpu.wait_smem_to_gmem(_SLOTS - 1, wait_read_only=True)
+        part[...] = y[:, n : n + width]
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(part, out.at[rows, pl.ds(j * bn + n, width)])
+
+    def compute(steps):
+      if kind != 'int8':
+        return finish(steps(jnp.zeros((half, bn), dtype)))
+
+      def scope(sums):
+        steps(sums)
+        finish(sums[...])
+
+      return pl.run_scoped(scope, plgpu.ACC((half, bn), dtype))
+
+    pipeline(whole if kind == 'int8' else in_parts, compute)(
+      a.at[pl.ds(i * bm, bm)],
+      b.at[:, columns] if interpret else b.at[columns],
+      allocations=allocations,
+    )
+
+  def blocks_of_a_processor(parts, allocations):
+    @plgpu.nd_loop((counts[0] * counts[1],), collective_axes='processor')
+    def _(loop):
+      i, j = products.grouped(loop.index[0], counts[0], counts[1], blocks.group)
+      block(i, j, parts, allocations)
+
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+  width = _SWIZZLE // out.dtype.itemsize
+  pl.run_scoped(
+    blocks_of_a_processor,
+    parts=plgpu.SMEM(
+      (_GROUPS, _SLOTS, half, width),
+      out.dtype,
+      transforms=_transforms(*store),
+    ),
+    allocations=pipeline(None, lambda _: None).get_allocations(a, b),
+    collective_axes='group',
   )
 
 

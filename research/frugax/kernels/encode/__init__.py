@@ -1,0 +1,1 @@
+"""The codes of a matrix whose scales are known."""

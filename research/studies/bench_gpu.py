@@ -38,6 +38,7 @@ CODES = [
   ('float8_e5m2', 'float8_e4m3fn', 'mosaic_gpu'),
 ]
 RECIPES = ('int8', 'fp8')
+PARTS = ('products', 'layers', 'codes', 'loss')
 # Format, whether of the transpose, whether stochastic.
 ROUNDED = [
   ('int8', False, False),
@@ -194,6 +195,7 @@ def main():
   parser.add_argument('--rounds', type=int, default=20)
   parser.add_argument('--calls', type=int, default=10)
   parser.add_argument('--tiny', action='store_true')
+  parser.add_argument('--parts', nargs='+', choices=PARTS, default=PARTS)
   args = parser.parse_args()
   shapes = [(40, 130, 200)] if args.tiny else SHAPES
   rounds, calls = (1, 1) if args.tiny else (args.rounds, args.calls)
@@ -209,16 +211,20 @@ def main():
       print(rows[-1], flush=True)
 
   for shape in shapes:
-    timed(shape, 'product', list(products(shape, args.tiny)))
-    x, w = (v.astype(jnp.bfloat16) for v in operands(*shape))
-    for backward in (False, True):
-      what = 'layer, forward and backward' if backward else 'layer, forward'
-      found = [(name, fn, (x, w)) for name, fn in linears(backward)]
-      timed(shape, what, found)
-  for pair in rounded(shapes[0], args.tiny):
-    timed((shapes[0][0], shapes[0][2]), 'codes', pair)
-  head = (40, 130, 64) if args.tiny else HEAD
-  timed(head, 'forward and backward', list(losses(head, args.tiny)))
+    if 'products' in args.parts:
+      timed(shape, 'product', list(products(shape, args.tiny)))
+    if 'layers' in args.parts:
+      x, w = (v.astype(jnp.bfloat16) for v in operands(*shape))
+      for backward in (False, True):
+        what = 'layer, forward and backward' if backward else 'layer, forward'
+        found = [(name, fn, (x, w)) for name, fn in linears(backward)]
+        timed(shape, what, found)
+  if 'codes' in args.parts:
+    for pair in rounded(shapes[0], args.tiny):
+      timed((shapes[0][0], shapes[0][2]), 'codes', pair)
+  if 'loss' in args.parts:
+    head = (40, 130, 64) if args.tiny else HEAD
+    timed(head, 'forward and backward', list(losses(head, args.tiny)))
   print(f'\n{jax.devices()[0].device_kind}, jax {jax.__version__}')
   print('| rows, columns, contracted | what | how | ms | speed-up |')
   print('| --- | --- | --- | --- | --- |')

@@ -426,7 +426,7 @@ def _weight_grad(layer, i, g, w, x, mask, rows, keys):
   product, batch = layer.recipe.weight_grad, layer.batch
   left = matrices.tokens_last(g, batch, rows)
   x_key, key = keys
-  key_g, _ = operand_keys(key, 2, left, left)
+  key_g, _ = operand_keys(key, 2, g, g)
   signs = None
   if product.rotation and product.rotation.signs == 'fresh':
     signs = key_g
@@ -458,7 +458,7 @@ def _weight_grad_right(layer, x, signs, key):
   """The activations as the gradient of the weights multiplies them."""
   product = layer.recipe.weight_grad
   right = matrices.columns_first(x, layer.batch)
-  key = operand_keys(key, 2, right, right)[1]
+  key = operand_keys(key, 2, x, x)[1]
   right = matrices.turned(right, product.rotation, signs)
   return layer.rounded(product.right, right, key, product.rotation, x)[0]
 

@@ -68,8 +68,7 @@ def rounded(operand: Operand, x, batch, key, implementation=None, turned=None):
   key = key if operand.stochastic else None
   q = quantize_tiles(x, operand.format, operand.scaling, batch, key, False)
   if implementation != 'xla' and not batch and _by_kernel(operand, x):
-    data = _encoded(q, x, key, turned)
-    return dataclasses.replace(q, data=data), None
+    return _encoded(q, x, key, turned), None
   kept = None
   if operand.keep == '2:4':
     kept = _two_of_four_pairs(x)
@@ -103,21 +102,24 @@ def _by_kernel(operand, x):
 
 
 def _encoded(q, x, key, turned):
-  steps = q.steps().reshape(-1, 1)
+  """The same with the codes of a kernel, and scales from what it reads."""
 
-  def by_kernel(x, steps):
-    y = x.reshape(-1, q.shape[-1])
-    if turned is not None:
-      y = x.reshape(q.shape[-1], -1)
-    y = encode(y, steps, q.format, turned=turned is not None, key=key)
-    return y.reshape(q.shape)
+  def by_kernel(x):
+    if turned is None:
+      x, scaled = x.reshape(-1, q.shape[-1]), q
+    else:
+      x = x.reshape(q.shape[-1], -1)
+      tile = q.scaling.tile[::-1]
+      scaling = dataclasses.replace(q.scaling, tile=tile)
+      scaled = quantize_tiles(x, q.format, scaling, packed=False)
+    steps = scaled.steps().reshape(-1, 1)
+    data = encode(x, steps, q.format, turned=turned is not None, key=key)
+    scales = scaled.scales.reshape(q.scales.shape)
+    return dataclasses.replace(q, data=data.reshape(q.shape), scales=scales)
 
   # Where x is, is not known when it is traced.
   return lax.platform_dependent(
-    x if turned is None else turned,
-    steps,
-    cpu=lambda *_: q.data,
-    default=by_kernel,
+    x if turned is None else turned, cpu=lambda _: q, default=by_kernel
   )
 
 

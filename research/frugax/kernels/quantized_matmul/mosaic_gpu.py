@@ -71,12 +71,17 @@ def quantized_matmul(
   bm, bn, bk = blocks[:3]
   counts = pl.cdiv(m, bm), pl.cdiv(n, bn), pl.cdiv(k, bk)
   whole = counts[0] * bm, counts[1] * bn, counts[2] * bk
-  # What is copied beyond the end of an array is zero, and is not written.
   store = _tiles(n, dtype)
-  filled = whole if interpret else (_whole(m, 8), _whole(n, 8), whole[2])
+  if interpret:
+    filled = size = whole[:2]
+  else:
+    # What is copied beyond the end of an array is zero, and is not written, but
+    # where the array is no longer than what is copied.
+    filled = max(_whole(m, 8), bm), max(_whole(n, 8), bn)
+    size = filled[0], max(_whole(n, store[1]), bn)
   a, b = (
-    products.pad(products.pad(x, 0, size), 1, filled[2])
-    for x, size in zip((a, b), filled[:2], strict=True)
+    products.pad(products.pad(x, 0, length), 1, whole[2])
+    for x, length in zip((a, b), filled, strict=True)
   )
   if interpret:
     b = b.T  # The simulated matrix unit knows no other layout.
@@ -91,7 +96,6 @@ def quantized_matmul(
     _kernel, kind, blocks, counts, len(ends[0]), store, interpret
   )
   body.__name__ = f'quantized_matmul_{kind}_{layout}'
-  size = whole[:2] if interpret else (filled[0], _whole(n, store[1]))
   y = plgpu.kernel(
     body,
     out_type=jax.ShapeDtypeStruct(size, dtype),

@@ -2,7 +2,8 @@
 
 A process of its own, because XLA reads its flags once. Prints one JSON object a
 program: for each kernel the instructions of the matrix units that its PTX has,
-and the bytes of temporaries; or the error that a compiler raised.
+by how many axes its copies to memory are told where to, and the bytes of
+temporaries; or the error that a compiler raised.
 """
 
 import os
@@ -32,7 +33,7 @@ from frugax.plan import topologies
 _DUMP = os.environ['MOSAIC_GPU_DUMP_TO']
 LAYOUTS = ('NN', 'NT', 'TN')
 # The odd sizes are no multiples of any block.
-SIZES = {'': (512, 256, 512), ' odd': (200, 333, 173)}
+SIZES = {'': (512, 256, 512), ' odd': (200, 333, 173), ' tiny': (4, 64, 32)}
 KINDS = {
   'int8': ('int8', 'int8'),
   'int4': ('int4', 'int4'),
@@ -48,6 +49,8 @@ _MATRIX = re.compile(
   r'\b(?:wgmma\.mma_async|mma)\.sync\.aligned\.m\d+n\d+k\d+[\w.]*'
 )
 _ENTRY = re.compile(r'\.entry (\w+)')
+# Of a copy to memory, the axes by which it is told where to.
+_STORES = re.compile(r'cp\.async\.bulk\.tensor\.(\d)d\.global')
 
 
 def shapes(layout, m, n, k):
@@ -175,15 +178,16 @@ def implementations(kind):
 
 def dumped():
   """What the PTX of the last program says, and nothing of it is kept."""
-  instructions = {}
+  instructions, stores = {}, set()
   for path in pathlib.Path(_DUMP).rglob('*'):
     if path.suffix == '.ptx':
       text = path.read_text()
       for kernel in _ENTRY.findall(text):
         instructions[kernel] = sorted(set(_MATRIX.findall(text)))
+      stores |= set(_STORES.findall(text))
     if path.is_file():
       path.unlink()
-  return instructions
+  return {'instructions': instructions, 'stores': sorted(stores)}
 
 
 def main(wanted):
@@ -201,7 +205,7 @@ def main(wanted):
       row['temporaries'] = compiled.memory_analysis().temp_size_in_bytes
     except Exception as error:
       row['error'] = f'{type(error).__name__}: {error}'[:2000]
-    row['instructions'] = dumped()
+    row |= dumped()
     print(json.dumps(row), flush=True)
 
 

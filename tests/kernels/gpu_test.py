@@ -59,8 +59,20 @@ def test_integers_are_multiplied_as_int8():
 
 def test_mosaic_gpu_multiplies_int8_too():
   names = [n for n in compiled() if n.startswith('int8') and 'mosaic' in n]
-  assert len(names) == 6
+  assert len(names) == 9
   assert {n: operands(n) for n in names} == {n: {'s8.s8'} for n in names}
+
+
+def test_parts_of_a_result_go_to_different_places():
+  """By rows and columns of tiles, and within: none is taken for the only one.
+
+  Where a result has one tile of columns, its axis is left out, and what lies
+  beyond its end would be written there, too.
+  """
+  names = [n for n in compiled() if n.endswith(' mosaic_gpu')]
+  assert len(names) == 27
+  stores = {n: compiled()[n]['stores'] for n in names}
+  assert stores == {n: ['4'] for n in names}
 
 
 @pytest.mark.parametrize('dtype', ['e4m3', 'e5m2'])

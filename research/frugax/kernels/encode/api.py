@@ -30,9 +30,9 @@ def encode(
   last bit, it may take the other one.
 
   `implementation=None` takes the kernel on Hopper (H100, H200), on one device
-  or within `jax.shard_map`, else XLA. What XLA makes of the same takes an H200
-  1.5 times as long, and of a transpose up to four times
-  (`studies/bench_gpu.log`).
+  or within `jax.shard_map`, else XLA, which takes an H200 1.2 to 1.5 times as
+  long, and two to three times for transposes of 8-bit floats or with random
+  bits (`studies/bench_gpu.log`).
 
   Args:
     x: (rows, columns), bfloat16 or float32.

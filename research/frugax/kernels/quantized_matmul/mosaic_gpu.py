@@ -170,9 +170,7 @@ def _kernel(kind, blocks, counts, row_ends, store, interpret, a, b, *refs):
     )
 
   def multiply(a, b, sums):
-    plgpu.wgmma(
-      sums, a.at[mine], b if interpret else plgpu.transpose_ref(b, (1, 0))
-    )
+    plgpu.wgmma(sums, a.at[mine], b if interpret else b.transpose((1, 0)))
 
   def whole(_, a, b, sums):
     multiply(a, b, sums)

@@ -104,8 +104,12 @@ def test_the_loss_multiplies_bfloat16_as_it_is(layout):
 
 @pytest.mark.parametrize('layout', ['NN', 'NT'])
 def test_the_loss_has_no_logits_in_memory(layout):
-  """At the shapes of Gemma-2 2B's head, where they are 8.4 GB in float32."""
-  assert compiled()[f'loss {layout} gemma']['temporaries'] < 0.15e9
+  """At the shapes of Gemma-2 2B's head, where they are 8.4 GB in float32.
+
+  But gradients of 3 2^23 at a time, and x's gradient in float32 and bfloat16.
+  """
+  most = 2 * 3 * 2**23 + (4 + 2) * 8192 * 2304 + 2**20
+  assert compiled()[f'loss {layout} gemma']['temporaries'] <= most
 
 
 @needs_ptx_of_triton

@@ -38,8 +38,8 @@ def quantized_matmul(
   next block of the result while that before is written; two groups multiply,
   each half the rows of a block. Integers are summed in the matrix unit, whose
   next product begins before the last one ends. Of a sum of 8-bit floats it
-  keeps about 14 bits, so that each step's part is added to the others in
-  float32.
+  keeps about 14 bits, so that each step's part (of `blocks.contracted`) is added
+  to the others in float32.
 
   The matrix unit takes 8-bit numbers only with the contracted axis last in
   memory: XLA transposes the others before, or where it computes them. It also
@@ -75,8 +75,8 @@ def quantized_matmul(
   if interpret:
     filled = size = whole[:2]
   else:
-    # What is copied beyond the end of an array is zero, and is not written, but
-    # where the array is no longer than what is copied.
+    # What is copied beyond the end of an array is zero, and is not written. A
+    # block at least: along an axis with a single tile all copies are to that.
     filled = max(_whole(m, 8), bm), max(_whole(n, 8), bn)
     size = filled[0], max(_whole(n, store[1]), bn)
   a, b = (

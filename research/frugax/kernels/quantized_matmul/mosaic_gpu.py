@@ -38,8 +38,8 @@ def quantized_matmul(
   next block of the result while that before is written; two groups multiply,
   each half the rows of a block. Integers are summed in the matrix unit, whose
   next product begins before the last one ends. Of a sum of 8-bit floats it
-  keeps about 14 bits, so that each step's part (of `blocks.contracted`) is added
-  to the others in float32.
+  keeps about 14 bits, so that the part of each step (`blocks.contracted` of K)
+  is added to the others in float32.
 
   The matrix unit takes 8-bit numbers only with the contracted axis last in
   memory: XLA transposes the others before, or where it computes them. It also

@@ -349,10 +349,11 @@ def test_hopper_has_a_kernel_of_its_own():
     device_kind='NVIDIA H200', num_cores=1, platform='gpu'
   )
   abstract = jax.sharding.AbstractMesh((1,), ('x',), abstract_device=device)
+  x = jnp.ones((128, 8))
   for group, kernels in ((48, 2), (40, 0)):
     columns = Copy(scaling=Scaling((1, group)))
     with jax.sharding.use_abstract_mesh(abstract):
       traced = jax.jit(
         lambda x, c=columns: hadamard_quantize(x, None, c)
-      ).trace(jnp.ones((128, 8)))
+      ).trace(x)
     assert str(traced.jaxpr).count('pallas_call') == kernels

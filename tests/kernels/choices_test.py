@@ -108,12 +108,6 @@ X = jnp.ones((4, 6), jnp.bfloat16)
     ((A, A), {'layout': 'NT', 'implementation': 'mosaic'}, 'needs a TPU'),
     ((A, A), {'layout': 'NT', 'implementation': 'triton'}, 'needs a GPU'),
     ((A, A), {'layout': 'NT', 'implementation': 'mosaic_gpu'}, 'needs a GPU'),
-    pytest.param(
-      (A.astype('float8_e5m2'), A.astype('float8_e4m3fn')),
-      {'layout': 'NT', 'implementation': 'mosaic_gpu', 'interpret': True},
-      'no products of float8_e5m2 and float8_e4m3fn',
-      marks=pytest.mark.skipif(MIXED, reason='jax 0.11 has them'),
-    ),
     (
       (A, A),
       {'layout': 'NT', 'implementation': 'xla', 'interpret': True},
@@ -124,6 +118,27 @@ X = jnp.ones((4, 6), jnp.bfloat16)
 def test_bad_products(arguments, options, message):
   with pytest.raises(ValueError, match=message):
     kernels.quantized_matmul(*map(jnp.asarray, arguments), **options)
+
+
+def test_two_kinds_of_8_bit_floats_need_a_jax_that_has_them(
+  monkeypatch, caplog
+):
+  """Asked for it is refused; else XLA computes it, and that is said."""
+  device = jax.sharding.AbstractDevice(
+    device_kind='NVIDIA H200', num_cores=132, platform='gpu'
+  )
+  mesh = jax.sharding.AbstractMesh((1,), ('x',), abstract_device=device)
+  a, b = (jnp.ones((8, 8), dtype) for dtype in KINDS['e5m2 x e4m3'])
+  monkeypatch.setattr(jax, '__version_info__', (0, 10, 2))
+  with pytest.raises(ValueError, match=r'float8_e4m3fn before jax 0\.11'):
+    kernels.quantized_matmul(a, b, implementation='mosaic_gpu', interpret=True)
+  chips.say_so.cache_clear()
+  product = jax.jit(lambda a, b: kernels.quantized_matmul(a, b))
+  with jax.sharding.use_abstract_mesh(mesh):
+    text = str(product.trace(a, b).jaxpr)
+  assert 'quantized_matmul_' not in text
+  (record,) = caplog.records
+  assert 'float8_e5m2 x float8_e4m3fn' in record.getMessage()
 
 
 @pytest.mark.parametrize(

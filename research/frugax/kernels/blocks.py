@@ -1,8 +1,9 @@
 """Block sizes of the kernels, for each chip: one table for all of them.
 
 Those of TPUs by static cycle counts for v5e, and of `quantize_matmul` for v6e
-(`make bench-kernels`); those of GPUs for 8192 rows, columns and contracted
-elements on an H200, where they were timed.
+(`make bench-kernels`); those of GPUs by what fits, of `quantized_matmul` of two
+of few bits and of `encode` by times on an H200, for matrices of 8192 x 8192
+(`studies/bench_gpu.log`).
 """
 
 from typing import NamedTuple
@@ -166,7 +167,7 @@ class GpuBlocks(NamedTuple):
 
 # The largest results that the registers hold, and what the 227 KiB of shared
 # memory have stages for. A partial sum of 8-bit floats takes as many registers
-# as the sum itself. Timed on an H200 but for 'mixed'.
+# as the sum itself. 'mixed' was not timed.
 _GPU_MATMUL = {
   ('triton', 'int8'): GpuBlocks(128, 256, 128, 8, 4, 8),
   ('triton', 'mixed'): GpuBlocks(128, 128, 64, 8, 3, 8),
@@ -206,5 +207,5 @@ class EncodeBlocks(NamedTuple):
 
 
 def gpu_encode(turned: bool) -> EncodeBlocks:
-  """On Hopper."""
+  """Of `encode` on Hopper; `turned` for codes of the transpose."""
   return EncodeBlocks(64, 128, 4) if turned else EncodeBlocks(32, 256, 4)

@@ -47,6 +47,7 @@ def coded(
     t: float32.
     random: uint32 of t's shape rounds stochastically.
     nearest: rounds to the nearest integer, and what is half-way to an even one.
+      The one above needs the clip of mid-rise numbers.
     clip: False for what can only round to the format's numbers.
 
   Returns:
@@ -62,7 +63,7 @@ def coded(
   if e.rise:
     t = t + shift
   # Between the sums, or compilers would make one of them and lose the half.
-  if clip or e.rise:
+  if clip:
     t = jnp.clip(t, shift - e.top, shift + e.top)
   if e.dtype != 'int8':
     t = t if random is None else e.round(t, random)

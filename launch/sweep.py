@@ -15,11 +15,12 @@ A sweep is a Python file with a function `sweep()` that yields one dict a point:
     launch/sweep.py table FILE.py --workdir=runs/rank   the results so far
 
 A point's folder is its `name`, if it has one, or else tells its values. One
-that has its summary.json is done and is left out: give the same command again
-after a failure, or after adding points. (Of a workdir in a bucket all that is
-beside the checkpoints is copied to .cache first, by print as well: by what is
-there now all steps say what is left.) Options after -- go to the launcher,
-which is launch/local.sh unless --launcher says another:
+that has its summary.json is done and is left out, unless it is to take more
+steps: give the same command again after a failure, or after adding points. (Of
+a workdir in a bucket all that is beside the checkpoints is copied to .cache
+first, by print as well: by what is there now all steps say what is left.)
+Options after -- go to the launcher, which is launch/local.sh unless --launcher
+says another:
 
     launch/sweep.py run FILE.py --workdir=runs/rank \\
       --launcher=launch/slurm.sbatch -- --nodes=1 --gpus-per-node=8
@@ -33,6 +34,7 @@ import argparse
 import concurrent.futures
 import difflib
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -46,7 +48,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
+_CACHE = _ROOT / '.cache' / 'sweeps'  # copies of what is in buckets
+_FOLDER = r'[A-Za-z0-9][-\w.=,+]*'  # the name of a point's
 _LONGEST = 60  # letters of a folder's name
+# What gcloud says of a folder that a bucket has not.
+_NO_FOLDER = 'Did not find existing container at'
 
 
 class Point(NamedTuple):
@@ -73,7 +79,7 @@ def points(path: str) -> list[Point]:
   if not os.path.isfile(path):
     raise ValueError(f'sweep file {path!r} does not exist')
   sweep = runpy.run_path(path).get('sweep')
-  if sweep is None:
+  if not callable(sweep):
     raise ValueError(
       f'{path} defines no sweep(), which yields one dict a point'
     )
@@ -97,9 +103,14 @@ def _point(values: Mapping[str, Any], index: int) -> Point:
       f' {values!r}'
     )
   config, name = values['config'], values.get('name')
+  if not isinstance(config, str):
+    raise ValueError(
+      f"point {index} of the sweep: 'config' is {config!r}; give a text such as"
+      " 'configs/llama.py:size=tiny'"
+    )
   rest = {k: v for k, v in values.items() if k not in ('config', 'name')}
   for key in rest:
-    if not re.fullmatch(r'[A-Za-z_]\w*(\.[A-Za-z_]\w*)*', key):
+    if not re.fullmatch(r'[A-Za-z_]\w*(\.[A-Za-z_]\w*)*', str(key)):
       raise ValueError(
         f'point {index} of the sweep: {key!r} is no field of a config; one is'
         " 'optimizer.rank'"
@@ -108,12 +119,19 @@ def _point(values: Mapping[str, Any], index: int) -> Point:
   arguments += [f'--config.{k}={text(v)}' for k, v in rest.items()]
   if name is None:
     name = _name(config, rest)
-  if not re.fullmatch(r'[A-Za-z0-9][-\w.=,+]*', name):
+  if not (isinstance(name, str) and re.fullmatch(_FOLDER, name)):
     raise ValueError(
       f'point {index} of the sweep: {name!r} is no name for a folder; use'
       ' letters, digits and - _ . = , +'
     )
-  return Point(name, tuple(arguments), rest.get('steps'))
+  return Point(name, tuple(arguments), _steps(rest.get('steps')))
+
+
+def _steps(value: Any) -> int | None:
+  """What --config.steps is given, as a number; None if it is not given."""
+  if value is None or re.fullmatch(r'\d+', text(value)):
+    return None if value is None else int(value)
+  raise ValueError(f'steps is {value!r}: give a whole number, as 100')
 
 
 def text(value: Any) -> str:
@@ -141,15 +159,37 @@ def _name(config: str, values: Mapping[str, Any]) -> str:
   return f'{name or "point"}-{digest}'
 
 
-def is_done(folder: pathlib.Path, point: Point) -> bool:
-  """Whether the run of a point has taken all of its steps."""
+def is_done(
+  folder: pathlib.Path, point: Point, options: Sequence[str] = ()
+) -> bool:
+  """Whether the run of a point has taken all of its steps.
+
+  Args:
+    folder: that of all points.
+    point: whose steps, if it asks for any, are those to be taken.
+    options: the launcher's, among which --config.steps may be.
+  """
   try:
     summary = json.loads((folder / point.name / 'summary.json').read_bytes())
   except (OSError, ValueError):
     return False
-  if point.steps is None:
-    return True
-  return summary.get('steps', 0) >= point.steps
+  if not isinstance(summary, dict):  # as good as none
+    return False
+  asked = point.steps
+  if asked is None:
+    asked = _asked(options)
+  taken = summary.get('steps', 0)
+  return asked is None or (isinstance(taken, int | float) and taken >= asked)
+
+
+def _asked(options: Sequence[str]) -> int | None:
+  """The steps that options of a launcher ask for."""
+  steps = None
+  for word, after in itertools.pairwise([*options, '']):
+    key, equals, value = word.partition('=')
+    if key == '--config.steps':
+      steps = _steps(value if equals else after)
+  return steps
 
 
 def command(
@@ -194,24 +234,37 @@ def _local(workdir: str) -> pathlib.Path:
   """The folder, or a copy of what a bucket now has beside the checkpoints."""
   if not workdir.startswith('gs://'):
     return pathlib.Path(workdir)
-  folder = _ROOT / '.cache' / 'sweeps' / workdir.removeprefix('gs://')
+  place = workdir.removeprefix('gs://')
+  if not re.fullmatch(r'[a-z0-9][-\w.]+/.+', place) or {'', '.', '..'} & set(
+    place.split('/')
+  ):
+    raise ValueError(f'--workdir={workdir}: give gs://BUCKET/DIR')
+  folder = _CACHE / place
   folder.mkdir(parents=True, exist_ok=True)
-  copied = subprocess.run(
-    (
-      *('gcloud', 'storage', 'rsync', '--recursive', '--quiet'),
-      # A run that was deleted there is to be run again.
-      '--delete-unmatched-destination-objects',
-      *('--exclude=.*(checkpoints|tensorboard)/.*', workdir, str(folder)),
-    ),
-    capture_output=True,
-    text=True,
-  )
+  try:
+    copied = subprocess.run(
+      _copy(workdir, folder), capture_output=True, text=True
+    )
+  except FileNotFoundError:
+    raise ValueError(
+      f'cannot read {workdir}: there is no gcloud on the PATH; install'
+      " Google's Cloud SDK"
+    ) from None
   if copied.returncode:
-    if 'did not match' not in copied.stderr:
+    if _NO_FOLDER not in copied.stderr:
       raise ValueError(f'cannot read {workdir}: {copied.stderr.strip()}')
     # A bucket without the folder is one that no point has reached yet.
     shutil.rmtree(folder)
   return folder
+
+
+def _copy(workdir: str, folder: pathlib.Path) -> tuple[str, ...]:
+  return (
+    *('gcloud', 'storage', 'rsync', '--recursive', '--quiet'),
+    # A run that was deleted there is to be run again.
+    '--delete-unmatched-destination-objects',
+    *('--exclude=.*(checkpoints|tensorboard)/.*', workdir, str(folder)),
+  )
 
 
 def _run(commands: Sequence[Sequence[str]], jobs: int) -> Iterator[int]:
@@ -257,6 +310,15 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
   if args.jobs < 1:
     raise ValueError(f'--jobs={args.jobs}: give 1 or more')
+  try:
+    program, *_ = shlex.split(args.launcher)
+  except ValueError:  # nothing, or a quote that is not closed
+    program = ''
+  if not shutil.which(program):
+    raise ValueError(
+      f'--launcher={args.launcher!r}: there is no such program; one is'
+      " 'launch/tpu_vm.sh all'"
+    )
   args.workdir = args.workdir.rstrip('/')
   return args, list(argv[at + 1 :])
 
@@ -266,6 +328,7 @@ def main(argv: Sequence[str]) -> int:
   try:
     args, options = _parse(argv)
     found = points(args.file)
+    _asked(options)
     printing = args.step == 'print' or args.dry_run
     folder = _local(args.workdir)
   except ValueError as error:
@@ -283,7 +346,7 @@ def main(argv: Sequence[str]) -> int:
     picture = f'--plot={folder / "loss.png"}'
     report = [_python(), '-m', 'frugax.report', *begun, picture]
     return subprocess.call(report)
-  left = [p for p in found if not is_done(folder, p)]
+  left = [p for p in found if not is_done(folder, p, options)]
   commands = [command(p, args.workdir, args.launcher, options) for p in left]
   if printing:
     for words in commands:

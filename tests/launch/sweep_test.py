@@ -155,7 +155,7 @@ def test_every_step_sees_what_is_in_the_bucket_now(
   monkeypatch.setattr(
     sweep.subprocess, 'call', lambda c: started.append(sweep.line(c)) or 0
   )
-  monkeypatch.setattr(sweep, '_ROOT', launcher.folder)
+  monkeypatch.setattr(sweep, '_CACHE', launcher.folder / '.cache/sweeps')
   file = launcher.folder / 'file.py'
   file.write_text(THREE)
   sweep.main([step[0], str(file), '--workdir=gs://my-bucket/rank', *step[1:]])
@@ -166,17 +166,29 @@ def test_every_step_sees_what_is_in_the_bucket_now(
     assert [re.search(r'rank=(\d+)', x)[1] for x in lines] == ['8', '32']
 
 
+def _last_words(folder, monkeypatch, stderr):
+  """The sweep's copy of a bucket of which gcloud says nothing but this."""
+
+  def copy(command, **_):
+    return subprocess.CompletedProcess(command, 1, '', stderr)
+
+  monkeypatch.setattr(sweep.subprocess, 'run', copy)
+  monkeypatch.setattr(sweep, '_ROOT', folder)
+  return sweep._local('gs://my-bucket/rank')
+
+
 def test_a_bucket_without_the_folder_has_no_point(launcher, monkeypatch):
   folder = launcher.folder / '.cache/sweeps/my-bucket/rank'
   folder.mkdir(parents=True)
   (folder / 'summary.json').write_text('{}')
-
-  def copy(command, **_):
-    return subprocess.CompletedProcess(command, 1, '', 'URLs did not match')
-
-  monkeypatch.setattr(sweep.subprocess, 'run', copy)
-  monkeypatch.setattr(sweep, '_ROOT', launcher.folder)
-  assert not sweep._local('gs://my-bucket/rank').exists()
+  none = (
+    'ERROR: (gcloud.storage.rsync) Did not find existing container at:'
+    ' gs://my-bucket/rank\n'
+  )
+  assert not _last_words(launcher.folder, monkeypatch, none).exists()
+  gone = 'ERROR: (gcloud.storage.rsync) gs://my-bucket not found: 404.\n'
+  with pytest.raises(ValueError, match='cannot read gs://my-bucket/rank: ERR'):
+    _last_words(launcher.folder, monkeypatch, gone)
 
 
 def test_results_in_one_table(launcher):
@@ -211,6 +223,17 @@ def test_results_in_one_table(launcher):
       'def sweep():\n  for _ in range(2): yield {"config": "a", "name": "b"}',
       "points 0 and 1 are both 'b'",
     ),
+    ('sweep = 8', 'defines no sweep()'),
+    (
+      "def sweep(): yield {'config': 'a', 'name': 8}",
+      'point 0 of the sweep: 8 is no name for a folder',
+    ),
+    ("def sweep(): yield {'config': 8}", "'config' is 8; give a text"),
+    ("def sweep(): yield {'config': 'a', 8: 1}", '8 is no field of a config'),
+    (
+      "def sweep(): yield {'config': 'a', 'steps': 'all'}",
+      "steps is 'all': give a whole number",
+    ),
   ],
 )
 def test_a_wrong_sweep(launcher, text, message):
@@ -227,5 +250,63 @@ def test_wrong_options(launcher):
   assert (
     '--jobs=0: give 1 or more' in run(launcher, 'run', THREE, '--jobs=0').stderr
   )
+  done = run(launcher, 'run', THREE, '--', '--config.steps=many')
+  assert "steps is 'many': give a whole number" in done.stderr
   done = run(launcher, 'table', THREE)
   assert done.returncode == 2 and 'no point of sweep has begun' in done.stderr
+
+
+@pytest.mark.parametrize('name', ['launch/tpu_wm.sh all', "'", ''])
+def test_a_launcher_that_is_not_there(launcher, name):
+  done = run(launcher, 'run', THREE, f'--launcher={name}')
+  assert done.returncode == 2
+  assert f'--launcher={name!r}: there is no such program' in done.stderr
+  assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize('place', ['gs://b', 'gs://bucket/../x', 'gs:///x'])
+def test_a_folder_that_is_none_of_a_bucket(launcher, place):
+  """What is below .cache is deleted where the bucket has it not."""
+  done = run(launcher, 'print', THREE, f'--workdir={place}')
+  assert done.returncode == 2
+  assert f'--workdir={place}: give gs://BUCKET/DIR' in done.stderr
+  assert launcher.calls() == []
+
+
+def test_a_machine_without_gcloud(launcher, monkeypatch, capsys):
+  monkeypatch.setenv('PATH', str(launcher.folder))
+  monkeypatch.setattr(sweep, '_CACHE', launcher.folder / '.cache/sweeps')
+  (launcher.folder / 'file.py').write_text(THREE)
+  file = str(launcher.folder / 'file.py')
+  assert sweep.main(['print', file, '--workdir=gs://my-bucket/rank']) == 2
+  told = capsys.readouterr().err
+  assert told.startswith('error: cannot read gs://my-bucket/rank: there is no')
+  assert len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+  ('point', 'options', 'summary', 'left'),
+  [
+    ("'steps': '100'", [], {'steps': 100}, 0),
+    ("'steps': '100'", [], {'steps': 99}, 1),
+    ("'steps': 100", [], [100], 1),
+    ("'steps': 100", [], {'steps': 'all'}, 1),
+    ('', [], {'steps': 100}, 0),
+    ('', ['--config.steps=100'], {'steps': 100}, 0),
+    ('', ['--config.steps=101'], {'steps': 100}, 1),
+    ('', ['--config.steps', '101'], {'steps': 100}, 1),
+    ('', ['--config.steps=9', '--config.steps=101'], {'steps': 100}, 1),
+    ("'steps': 100", ['--config.steps=101'], {'steps': 100}, 0),
+  ],
+)
+def test_what_is_left_is_told_by_the_steps_that_are_asked_for(
+  launcher, point, options, summary, left
+):
+  """Those of the point, which come last, or those after the --."""
+  folder = launcher.folder / 'sweep' / 'a'
+  folder.mkdir(parents=True)
+  (folder / 'summary.json').write_text(json.dumps(summary))
+  text = f"def sweep(): yield {{'config': 'x', 'name': 'a', {point}}}"
+  done = run(launcher, 'print', text, '--', *options)
+  assert done.returncode == 0, done.stderr
+  assert len(done.stdout.splitlines()) == left

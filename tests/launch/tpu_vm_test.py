@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -440,57 +439,3 @@ def test_wrong_options_are_found_early(launcher, change, message):
 def test_an_unknown_step(launcher):
   done = launcher.run('tpu_vm.sh', 'al', *RUN)
   assert "unknown step 'al': did you mean 'all'?" in done.stderr
-
-
-# One that gcloud's parser refuses, so that its word can be relied on.
-WRONG = ['gcloud', 'compute', 'tpus', 'tpu-vm', 'create', 'a', '--nonsense=1']
-
-
-GCLOUD = shutil.which('gcloud')
-needs_gcloud = pytest.mark.skipif(not GCLOUD, reason='no gcloud here')
-
-
-def _refusal(argv, folder):
-  """What gcloud says of its arguments; '' if it got as far as to log in."""
-  done = subprocess.run(
-    [GCLOUD, *argv[1:]],
-    env={
-      'PATH': os.environ['PATH'],
-      'CLOUDSDK_CONFIG': str(folder),
-      'CLOUDSDK_CORE_PROJECT': 'my-project',
-      # Nor may a machine in Google's cloud lend it an account.
-      'CLOUDSDK_CORE_CHECK_GCE_METADATA': 'false',
-      'HOME': str(folder),
-    },
-    stdin=subprocess.DEVNULL,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.returncode
-  if 'do not currently have an active account' in done.stderr:
-    return ''
-  return done.stderr
-
-
-@pytest.mark.slow
-@needs_gcloud
-@pytest.mark.parametrize('options', [('--spot',), ('--spot', '--queue')])
-def test_gcloud_takes_every_command(launcher, options):
-  arguments = ('all', *RUN, *options, *AWKWARD, '--labels=team=a,run=b')
-  create_flag = '--create-flag=--network=default'
-  planned = launcher.dry_run(
-    'tpu_vm.sh', *arguments, create_flag, WANDB_API_KEY=SECRET
-  )
-  planned = [c for c in planned if c[0] == 'gcloud']
-  assert len(planned) >= 8
-  for argv in planned:
-    assert _refusal(argv, launcher.folder) == '', argv
-  assert 'unrecognized arguments' in _refusal(WRONG, launcher.folder)
-
-
-@needs_gcloud
-def test_gcloud_takes_the_command_that_creates(launcher):
-  planned = launcher.dry_run('tpu_vm.sh', 'up', *RUN, '--spot')
-  assert _refusal(planned[0], launcher.folder) == ''
-  assert 'unrecognized arguments' in _refusal(WRONG, launcher.folder)

@@ -96,8 +96,12 @@ def _show(args, runs):
     return
   out = pathlib.Path(args.out)
   for x, name in _PICTURES.items():
-    report.plot(runs, out / name, x)
+    drawn = [run for run in runs if curves.records(run, x)] or runs
+    report.plot(drawn, out / name, x)
     print(f'loss curves: {out / name}')
+    for run in runs:
+      if not curves.records(run, x):
+        print(f'  without {run.path}, whose rows do not record {x!r}')
   (out / 'report.json').write_text(report.to_json(runs) + '\n')
   print(f'all of it as JSON: {out / "report.json"}')
 

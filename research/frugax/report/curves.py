@@ -228,14 +228,24 @@ def _title(labels):
   return 'Loss of ' + ', '.join(labels)
 
 
+def records(run: Run, x: str) -> bool:
+  """Whether all rows of a run that have a loss can be drawn along an axis.
+
+  Examples:
+    >>> run = Run(pathlib.Path('runs/tiny'), {'step': 1, 'loss': 2}, {})
+    >>> records(run, 'step'), records(run, 'seconds')
+    (True, False)
+  """
+  return all(x in rows for rows in (run.train, run.eval) if rows)
+
+
 def _check_recorded(runs, x):
   for run in runs:
-    for rows in (run.train, run.eval):
-      if rows and x not in rows:
-        raise ValueError(
-          f'{run.path / "metrics.jsonl"} does not record {x!r} with'
-          f' every kind of loss; choose another --x: {", ".join(X_AXES)}'
-        )
+    if not records(run, x):
+      raise ValueError(
+        f'{run.path / "metrics.jsonl"} does not record {x!r} with'
+        f' every kind of loss; choose another --x: {", ".join(X_AXES)}'
+      )
 
 
 def _set_config_folder():

@@ -15,6 +15,7 @@ _NUMBERS = (
   'steps',
   'tokens',
   'seconds',
+  'train_loss',
   'eval_loss',
   'bits_per_byte',
   'tokens_per_second',

@@ -54,7 +54,7 @@ def table(runs: Sequence[Run]) -> str:
     rows.append(
       (
         name,
-        get('optimizer') or '-',
+        str(get('optimizer') or '-'),
         _short(get('parameters')),
         _steps(get('steps'), run.config.get('steps')),
         _short(get('tokens')),

@@ -75,3 +75,47 @@ def test_command_line(tmp_path):
   assert len(train) == int(lines[0].split()[1].replace(',', ''))
   for document in (train[0], train[len(train) - 1]):
     assert not corpus.is_validation(document['path'].decode())
+
+
+_TOGETHER = """
+import os, sys, time
+from frugax.train import corpus
+root, data, own, other = sys.argv[1:]
+documents = corpus.documents
+def both(*args, validation):  # each has begun before either goes on
+  if validation:
+    open(own, 'w').close()
+    while not os.path.exists(other):
+      time.sleep(0.01)
+  return documents(*args, validation=validation)
+corpus.documents = both
+print(corpus.build(data, root=root))
+"""
+
+
+def test_two_processes_build_it_at_once(tmp_path):
+  """As jobs that are started together do, on one disk."""
+  write(tmp_path / 'root', {f'm{i}.py': b'x = 1\n' * i for i in range(1, 200)})
+  ready = [str(tmp_path / f'ready{i}') for i in range(2)]
+  started = [
+    subprocess.Popen(
+      [
+        *(sys.executable, '-c', _TOGETHER, str(tmp_path / 'root')),
+        *(str(tmp_path / 'data'), *files),
+      ],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for files in (ready, ready[::-1])
+  ]
+  told = [process.communicate(timeout=200) for process in started]
+  assert [process.returncode for process in started] == [0, 0], told
+  assert all('wrote ' in out for out, _ in told)  # neither found it there
+  files = (tmp_path / 'data').rglob('*')
+  assert [p for p in files if 'incomplete' in p.name] == []
+  splits = [
+    datasets.documents('stdlib', str(tmp_path / 'data'), split, 'text')
+    for split in ('train', 'validation')
+  ]
+  assert sum(map(len, splits)) == 199

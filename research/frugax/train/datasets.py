@@ -32,7 +32,7 @@ def prepare(
 
   The data set appears under its name only once it is complete: TFDS writes to
   a directory called incomplete.* and renames it. One that is there already is
-  left as it is.
+  left as it is. Several processes may write it at once: the first one's stays.
 
   Args:
     name: what to call it, in snake_case.
@@ -87,10 +87,17 @@ def prepare(
   tfds.disable_progress_bar()
   with _quiet(), contextlib.redirect_stdout(io.StringIO()):
     builder = Builder(data_dir=data_dir)
-    builder.download_and_prepare(
-      file_format='array_record',
-      download_config=tfds.download.DownloadConfig(try_download_gcs=False),
-    )
+    try:
+      builder.download_and_prepare(
+        file_format='array_record',
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+      )
+    except (
+      OSError
+    ):  # another process, which wrote the same, may have been first
+      builder = Builder(data_dir=data_dir)
+      if not builder.is_prepared():
+        raise
     complete = builder.is_prepared()
   if not complete:
     raise ValueError(

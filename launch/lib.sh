@@ -189,14 +189,19 @@ check_train() {
 # Whether the run reads Python's own standard library, which every machine has
 # and which is written as a data set before the first step.
 reads_stdlib() {
-  local argument
-  for argument in "${TRAIN[@]}"; do
-    case $argument in
-      *data=stdlib*) ;;
-      --config=*data=* | *.py*data=*) return 1 ;;
-      --config.data.name* | --config.data.data_dir*) return 1 ;;
+  local word before='' name=stdlib own=''
+  for word in "${TRAIN[@]}"; do
+    # In two words it is the same.
+    case $before in --config.*=*) ;; --config.*) word=$before=$word ;; esac
+    before=$word
+    case $word in
+      --config.data.data_dir*) return 1 ;;
+      --config.data.name=*) own=${word#*=} ;;
+      *data=stdlib*) name=stdlib ;;
+      --config=*data=* | *.py*data=*) name=another ;;
     esac
   done
+  [ "${own:-$name}" = stdlib ]
 }
 
 # The interpreter that trains.
@@ -222,12 +227,45 @@ print(os.path.isfile(sys.argv[1]) and os.stat(sys.argv[1]).st_mtime_ns)' \
 
 # wait_for PID: its status, however many signals are trapped meanwhile.
 wait_for() {
-  local status
+  local status again
   while :; do
     status=0
     wait "$1" || status=$?
-    kill -0 "$1" 2>/dev/null || return "$status"
+    kill -0 "$1" 2>/dev/null || break
   done
+  # That of a signal may be of one that was trapped just before the child ended.
+  # (127, or -1: bash knows no other of it, as when the signal ended both.)
+  if ((status > 128)); then
+    again=0
+    wait "$1" 2>/dev/null || again=$?
+    ((again == 127 || again < 0)) || status=$again
+  fi
+  return "$status"
+}
+
+# tend COMMAND...: its status; what `forward` is told of goes to it as SIGTERM,
+# and if that was before, nothing is started. (A child of a script ignores the
+# Ctrl-C of a terminal until it asks for it.)
+asked='' child=''
+forward() {
+  asked=1
+  [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true
+}
+tend() {
+  [ -z "$asked" ] || return "$STOPPED"
+  "$@" &
+  child=$!
+  [ -z "$asked" ] || forward
+  wait_for "$child"
+}
+
+# check_workdir: dies where a .. leads out of the bucket, or anywhere.
+check_workdir() {
+  case /$opt_workdir/ in
+    */../* | */./*)
+      die "workdir '$opt_workdir' is not valid: give it without . and .."
+      ;;
+  esac
 }
 
 # check_labels 'KEY=VALUE,...': as Google Cloud and Kubernetes take them.

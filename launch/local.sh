@@ -13,8 +13,8 @@
 #
 # PYTHON says which interpreter; by default the repository's .venv/bin/python,
 # where there is one, or python3. The exit status is 0 when all steps are done,
-# 143 when SIGTERM or Ctrl-C ended the run, which has saved and will go on, 1
-# when the run failed and 2 when the config is wrong.
+# 143 when SIGTERM or Ctrl-C ended the run, which has saved and will go on, or
+# had not begun, 1 when the run failed and 2 when the config is wrong.
 
 set -euo pipefail
 # shellcheck source=launch/lib.sh
@@ -27,17 +27,18 @@ check_train
 python=$(interpreter)
 trainer=("$python" -m frugax.train "--workdir=$opt_workdir" "${TRAIN[@]}")
 
-if reads_stdlib; then
-  run "$python" -m frugax.train.corpus --data_dir=data
-fi
+corpus=("$python" -m frugax.train.corpus --data_dir=data)
 if [ -n "$opt_dry_run" ]; then
+  ! reads_stdlib || show "${corpus[@]}"
   show "${trainer[@]}"
   exit
 fi
 
+trap forward TERM INT
+if reads_stdlib; then
+  tend "${corpus[@]}"
+fi
 before=$(summary_time "$python" "$opt_workdir")
-"${trainer[@]}" &
-child=$!
 # A mounted bucket gets a file when it is closed, or synchronised: the metrics,
 # which stay open, would be lost with the machine. (The first are written when
 # the first steps are done.)
@@ -46,10 +47,8 @@ while sleep "$FRUGAX_SYNC" && kill -0 "$$"; do
   sync "$opt_workdir/metrics.jsonl" || true
 done >/dev/null 2>&1 </dev/null &
 syncing=$!
-trap 'kill -TERM "$child" 2>/dev/null || true' TERM
-trap ':' INT # a terminal's Ctrl-C reaches the trainer by itself
 status=0
-wait_for "$child" || status=$?
+tend "${trainer[@]}" || status=$?
 kill "$syncing" 2>/dev/null || true
 if ((status == 0)) &&
   [ "$(summary_time "$python" "$opt_workdir")" = "$before" ]; then

@@ -1,6 +1,7 @@
 """launch/local.sh: the trainer on this machine."""
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -37,6 +38,13 @@ def test_arguments_arrive(launcher):
     (['--config=configs/llama.py', '--config.data.name=lm1b'], False),
     (['--config=configs/llama.py', '--config.data.data_dir=/data'], False),
     (['--', '--config=configs/llama.py'], True),
+    (['--config=configs/llama.py', '--config.data.name=stdlib'], True),
+    (['--config=configs/llama.py', '--config.data.name', 'stdlib'], True),
+    (['--config=configs/llama.py', '--config.data.name', 'lm1b'], False),
+    (
+      ['--config=configs/llama.py:data=c4', '--config.data.name=stdlib'],
+      True,
+    ),
   ],
 )
 def test_the_default_data_set_is_built(launcher, arguments, builds):
@@ -103,12 +111,7 @@ def test_a_stopped_run_is_told_from_a_finished_one(launcher, number):
     start_new_session=True,
   )
   assert process.stdout.readline() == 'a step\n'
-  if number == signal.SIGINT:
-    # A terminal's Ctrl-C reaches all; the trainer here minds SIGTERM alone.
-    process.send_signal(number)
-    time.sleep(0.2)
-    assert process.poll() is None
-  process.send_signal(signal.SIGTERM)
+  process.send_signal(number)
   assert process.wait(20) == 143
   assert process.stdout.read() == 'stopped\n'
   process.stdout.close()
@@ -131,3 +134,31 @@ def test_wrong_options(launcher, arguments, message):
   assert done.returncode == 2
   assert message in done.stderr
   assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_before_it_trains_does_not_train(
+  launcher, number
+):
+  """While the data set is built, which takes the signal as any program."""
+  python = launcher.folder / 'bin' / 'python'
+  real = python.read_text().removeprefix('#!/bin/sh\n')
+  began = launcher.folder / 'began'
+  python.write_text(
+    '#!/bin/sh\n'
+    f'case "$*" in *train.corpus*) touch "{began}"; exec sleep 60 ;; esac\n'
+    f'{real}'
+  )
+  process = subprocess.Popen(
+    launcher.command('local.sh', '--workdir=a', '--config=configs/llama.py'),
+    cwd=launcher.folder,
+    env=launcher.environ | {'PYTHON': str(python)},
+    stdout=subprocess.DEVNULL,
+    start_new_session=True,
+  )
+  end = time.monotonic() + 60
+  while not began.exists() and time.monotonic() < end:
+    time.sleep(0.05)
+  os.killpg(process.pid, number)
+  assert process.wait(20) == 143
+  assert _arguments(launcher.calls('python')) == []

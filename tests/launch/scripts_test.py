@@ -202,3 +202,29 @@ def test_the_image_copies_what_there_is():
   sources += re.findall(r'--constraint (\S+)', text)
   sources += re.findall(r'launch/\w+\.sh', text)
   assert [s for s in sources if not (ROOT / s).exists()] == []
+
+
+def test_a_signal_just_before_the_end_is_not_taken_for_the_status():
+  """The child ends between the wait that was interrupted and what asks."""
+  done = lib(
+    'kill() { [ "$1" != -0 ] || sleep 1; builtin kill "$@"; };'
+    "trap ':' USR1; sh -c 'sleep 0.6; exit 7' & child=$!;"
+    '(sleep 0.2; builtin kill -USR1 $$) & status=0;'
+    'wait_for $child || status=$?; echo $status'
+  )
+  assert done.stdout == '7\n', done.stderr
+
+
+@pytest.mark.parametrize(
+  ('when', 'status'), [('before', 143), ('after', 143), ('never', 5)]
+)
+def test_a_signal_is_handed_on_whenever_it_comes(when, status):
+  kills = {'before': 'kill -TERM $$;', 'after': '', 'never': ''}
+  later = '(sleep 0.3; kill -TERM $$) &' if when == 'after' else ''
+  program = "sh -c 'echo began; sleep 1; exit 5'"
+  done = lib(
+    f'trap forward TERM INT; {kills[when]} {later} status=0;'
+    f'tend {program} || status=$?; echo $status'
+  )
+  began = '' if when == 'before' else 'began\n'
+  assert done.stdout == f'{began}{status}\n', done.stderr

@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 PROGRAMS = (
   *('gcloud', 'kubectl', 'xpk', 'sbatch', 'srun', 'scontrol', 'scancel'),
-  *('python', 'python3', 'uv', 'gcsfuse', 'mountpoint', 'ssh-add'),
+  *('python', 'python3', 'uv', 'gcsfuse', 'mountpoint', 'findmnt', 'ssh-add'),
 )
 # What a shell must not touch on its way to the trainer.
 AWKWARD = (

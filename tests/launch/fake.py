@@ -65,6 +65,7 @@ def gcloud(arguments):
     if later:
       state.write_text('\n'.join(later))
     print(now)
+    print('WARNING: a new version is available.', file=sys.stderr)
   elif call == 'delete':
     state.unlink(missing_ok=True)
     preempt()
@@ -139,6 +140,14 @@ def mountpoint(arguments):
   return 0 if os.path.islink(arguments[-1]) else 32
 
 
+def findmnt(arguments):
+  """A disk of its own below $FAKE/shared; all else is on that of the host."""
+  folder = pathlib.Path(arguments[-1])
+  shared = folder.is_relative_to(_FAKE / 'shared')
+  print('server:/share nfs4' if shared else '/dev/root ext4')
+  return 0
+
+
 def kubectl(arguments):
   """A JobSet with the conditions in $FAKE/jobset, and what secrets hold."""
   if arguments[:2] == ['get', 'jobset']:
@@ -153,7 +162,8 @@ def kubectl(arguments):
 
 def srun(_):
   """The steps of a job, with the status in $FAKE/srun."""
-  environ = {k: v for k, v in os.environ.items() if k.startswith('JAX_')}
+  kept = ('JAX_', 'SRUN_')
+  environ = {k: v for k, v in os.environ.items() if k.startswith(kept)}
   (_FAKE / 'srun.json').write_text(json.dumps(environ))
   status = _FAKE / 'srun'
   return int(status.read_text()) if status.exists() else 0
@@ -188,6 +198,7 @@ def python(arguments):
       statuses = (_FAKE / 'steps').read_text().split()
       host = pathlib.Path(os.environ['HOME']).name
       status = int(statuses[int(host) if len(statuses) > 1 else 0])
+      print(f'host {host} ends with {status}', flush=True)
       if status == 0:
         (workdir / 'summary.json').write_text(json.dumps({'steps': 1}))
       return status

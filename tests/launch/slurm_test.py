@@ -139,6 +139,16 @@ def test_one_process_has_all_gpus_of_its_node(launcher, options, ids):
   assert saw.get('JAX_LOCAL_DEVICE_IDS') == ids
 
 
+def test_the_steps_have_the_jobs_cpus(launcher):
+  """Since Slurm 22.05 srun takes them from this variable alone."""
+  job(launcher, ROOT, SLURM_CPUS_PER_TASK='8')
+  saw = json.loads((launcher.folder / 'srun.json').read_text())
+  assert saw['SRUN_CPUS_PER_TASK'] == '8'
+  job(launcher, ROOT)
+  saw = json.loads((launcher.folder / 'srun.json').read_text())
+  assert 'SRUN_CPUS_PER_TASK' not in saw
+
+
 @pytest.mark.parametrize(
   ('change', 'message'),
   [

@@ -9,7 +9,8 @@
 #   launch/gke_xpk.sh run --via=jobset --topology=v5e:4x4 --image=IMAGE \
 #     --workdir=gs://BUCKET/runs/1b --config=configs/llama.py:size=1b
 #
-#   run     start the run, or go on with it when it has ended or after `down`
+#   run     start the run, or go on with it after `down`, or when it has ended:
+#           then its job is deleted first
 #   logs    follow the log of the first host
 #   report  tell how it stands
 #   down    end the run, which saves, delete its job, and wait until it is gone
@@ -40,6 +41,7 @@ set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
 STEPS='run logs report down render'
+JOBSET=jobset.sigs.k8s.io/jobset-name # the label of a job's pods
 step=${1:-}
 case " $STEPS " in
   *" ${step:-none} "*) shift ;;
@@ -56,6 +58,7 @@ parse 'via= topology= image= workdir= name= restarts= spot secret+ cluster=
 case $opt_via in xpk | jobset) ;; *) unknown via "$opt_via" xpk jobset ;; esac
 [ "$step" != render ] || opt_via=jobset
 need workdir 'the folder of the run'
+check_workdir
 : "${opt_name:=$(default_name "$opt_workdir")}"
 valid name "$opt_name" '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' \
   'lower-case letters, digits and -, a letter first, 40 at most'
@@ -162,31 +165,48 @@ one_line() {
   printf '%s' "$text"
 }
 
-# By itself kubectl does not wait for the pods, which are still to save.
+# By itself neither kubectl nor xpk waits for the pods, which are still to save.
 delete_jobset() { kube delete jobset "$opt_name" --cascade=foreground --wait; }
+delete_xpk() {
+  run xpk workload delete "--cluster=$opt_cluster" "--workload=$opt_name" \
+    ${place[@]+"${place[@]}"} --force
+  kube wait pod "--selector=$JOBSET=$opt_name" --for=delete --timeout=300s
+}
 
-run_jobset() {
-  local name files=() ended get=(get jobset "$opt_name" --ignore-not-found)
+list_xpk() {
+  run xpk workload list "--cluster=$opt_cluster" ${place[@]+"${place[@]}"} \
+    "--filter-by-job=$opt_name"
+}
+
+# A job that has ended is in the way of the next: to create one of its name is
+# an error, and to apply it once more changes nothing, and starts nothing.
+make_room() {
+  local ended get=(get jobset "$opt_name" --ignore-not-found)
   get+=('--output=jsonpath={.status.conditions[?(@.status=="True")].type}')
   if [ -n "$opt_dry_run" ]; then
     kube "${get[@]}"
-  else
-    ended=$(kube "${get[@]}")
-    # To apply one that has ended changes nothing, and starts nothing.
-    case " $ended " in
-      *' Failed '* | *' Completed '*)
-        note "the JobSet $opt_name has ended ($ended): deleting it, to go on"
-        delete_jobset
-        ;;
-    esac
+    return
   fi
+  ended=$(kube "${get[@]}")
+  case " $ended " in
+    *' Failed '* | *' Completed '*)
+      note "the job $opt_name has ended ($ended): deleting it, to go on"
+      "delete_$opt_via"
+      ;;
+  esac
+}
+
+run_jobset() {
+  local name files=()
+  make_room
+  # One of an earlier run goes, even if this one has none.
+  kube delete secret "$opt_name" --ignore-not-found
   if [ -n "$secrets" ]; then
     # A file for each, as a value may have several lines.
     for name in $secrets; do
       [ -n "$opt_dry_run" ] || printf '%s' "${!name}" >"$STAGE/$name"
       files+=("--from-file=$name=$STAGE/$name")
     done
-    kube delete secret "$opt_name" --ignore-not-found
     kube create secret generic "$opt_name" ${files[@]+"${files[@]}"}
   fi
   [ -n "$opt_dry_run" ] || render >"$STAGE/jobset.yaml"
@@ -197,6 +217,9 @@ run_xpk() {
   local flags=("--max-restarts=$opt_restarts")
   flags+=(--termination-grace-period-seconds=120)
   [ -z "$opt_spot" ] || flags+=(--spot)
+  # xpk makes its cluster that of kubectl.
+  list_xpk
+  make_room
   if [ -n "$secrets" ]; then
     # Names alone: xpk takes the values from its environment.
     [ -n "$opt_dry_run" ] || printf '%s\n' "$secrets" >"$STAGE/env"
@@ -216,25 +239,19 @@ case $step in
     "run_$opt_via"
     ;;
   logs)
-    labels=jobset.sigs.k8s.io/jobset-name=$opt_name
+    labels=$JOBSET=$opt_name
     labels+=,batch.kubernetes.io/job-completion-index=0
     kube logs "--selector=$labels" --follow --tail=-1
     ;;
   report)
     if [ "$opt_via" = xpk ]; then
-      run xpk workload list "--cluster=$opt_cluster" ${place[@]+"${place[@]}"} \
-        "--filter-by-job=$opt_name"
+      list_xpk
     else
       kube get jobset "$opt_name"
     fi
     ;;
   down)
-    if [ "$opt_via" = xpk ]; then
-      run xpk workload delete "--cluster=$opt_cluster" \
-        "--workload=$opt_name" ${place[@]+"${place[@]}"} --force
-    else
-      delete_jobset
-      [ -z "$secrets" ] || kube delete secret "$opt_name" --ignore-not-found
-    fi
+    "delete_$opt_via"
+    [ "$opt_via" = xpk ] || kube delete secret "$opt_name" --ignore-not-found
     ;;
 esac

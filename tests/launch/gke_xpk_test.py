@@ -25,6 +25,17 @@ XPK = (
 )
 NAME, XPK_NAME = 'frugax-1b-4deecbdc', 'frugax-1b-4cc8ae48'
 DELETE = ['kubectl', 'delete', 'jobset', NAME, '--cascade=foreground', '--wait']
+XPK_DELETE = [
+  [
+    *('xpk', 'workload', 'delete', '--cluster=c', f'--workload={XPK_NAME}'),
+    *('--zone=us-west4-a', '--project=my-project', '--force'),
+  ],
+  [
+    *('kubectl', 'wait', 'pod'),
+    f'--selector=jobset.sigs.k8s.io/jobset-name={XPK_NAME}',
+    *('--for=delete', '--timeout=300s'),
+  ],
+]
 SECRET = 'not-to-be-seen'
 # Besides what a shell might do to it, what Kubernetes might.
 ALL = (*AWKWARD, '--config.data.data_dir=$(HOME) $$(HOME) $$ \\$(X)\t"')
@@ -47,7 +58,16 @@ class Api(http.server.BaseHTTPRequestHandler):
       '/api/v1': {
         'kind': 'APIResourceList',
         'groupVersion': 'v1',
-        'resources': [],
+        'resources': [
+          {
+            **{'name': 'pods', 'singularName': 'pod', 'kind': 'Pod'},
+            **{'namespaced': True, 'verbs': ['get', 'list', 'watch']},
+          }
+        ],
+      },
+      '/api/v1/namespaces/default/pods': {
+        **{'apiVersion': 'v1', 'kind': 'PodList', 'items': []},
+        'metadata': {'resourceVersion': '1'},
       },
       '/apis': {
         'kind': 'APIGroupList',
@@ -140,6 +160,12 @@ def test_kubectl_reads_the_manifest(launcher, kubectl):
   assert volume['csi']['volumeAttributes']['bucketName'] == 'my-bucket'
 
 
+def test_no_pods_are_gone(launcher, kubectl):
+  """To wait for those of a job that had none left is no error."""
+  _, wait = launcher.dry_run('gke_xpk.sh', 'down', *XPK)
+  assert kubectl(*wait[1:]) == ''
+
+
 def test_spot_and_secrets_in_the_manifest(launcher, kubectl):
   manifest = _manifest(
     launcher, kubectl, *JOBSET, '--spot', WANDB_API_KEY=SECRET
@@ -170,8 +196,10 @@ def test_jobset_commands(launcher):
   planned = launcher.dry_run('gke_xpk.sh', 'run', *JOBSET, '--namespace=ml')
   stage = f'{launcher.folder}/home/.cache/frugax/launch/{NAME}'
   assert planned[0][:4] == ['kubectl', 'get', 'jobset', NAME]
+  secret = ['kubectl', 'delete', 'secret', NAME, '--ignore-not-found']
   assert planned[1:] == [
-    ['kubectl', 'apply', f'--filename={stage}/jobset.yaml', '--namespace=ml']
+    [*secret, '--namespace=ml'],
+    ['kubectl', 'apply', f'--filename={stage}/jobset.yaml', '--namespace=ml'],
   ]
   planned = launcher.dry_run('gke_xpk.sh', 'run', *JOBSET, HF_TOKEN=SECRET)
   done = launcher.run('gke_xpk.sh', 'run', *JOBSET, HF_TOKEN=SECRET)
@@ -184,8 +212,9 @@ def test_jobset_commands(launcher):
   assert f'--selector=jobset.sigs.k8s.io/jobset-name={NAME},' in logs[2]
   (report,) = launcher.dry_run('gke_xpk.sh', 'report', *JOBSET)
   assert report == ['kubectl', 'get', 'jobset', NAME]
-  (down,) = launcher.dry_run('gke_xpk.sh', 'down', *JOBSET)
-  assert down == DELETE
+  # Whether or not this one has a secret, an earlier one may have had.
+  down = launcher.dry_run('gke_xpk.sh', 'down', *JOBSET)
+  assert down == [DELETE, secret]
 
 
 @pytest.mark.parametrize(
@@ -204,9 +233,18 @@ def test_a_job_that_has_ended_makes_room_for_the_next(
   (launcher.folder / 'jobset').write_text(conditions)
   done = launcher.run('gke_xpk.sh', 'run', *JOBSET)
   assert done.returncode == 0, done.stderr
-  _, *deletes, apply = launcher.calls('kubectl')
+  _, *deletes, _, apply = launcher.calls('kubectl')
   assert deletes == [DELETE] * deleted
   assert apply[1] == 'apply'
+  # With xpk as well, which refuses to create what there is.
+  done = launcher.run('gke_xpk.sh', 'run', *XPK)
+  assert done.returncode == 0, done.stderr
+  calls = [c for c in launcher.calls() if XPK_NAME in ' '.join(c)]
+  listed, asked, *deletes, created = calls
+  assert listed[:3] == ['xpk', 'workload', 'list']
+  assert asked[:4] == ['kubectl', 'get', 'jobset', XPK_NAME]
+  assert deletes == XPK_DELETE * deleted
+  assert created[:3] == ['xpk', 'workload', 'create']
 
 
 def test_a_secret_of_several_lines_arrives_unseen(launcher):
@@ -251,7 +289,12 @@ def test_xpk_commands(launcher):
   done = launcher.run('gke_xpk.sh', *arguments, WANDB_API_KEY=SECRET)
   assert done.returncode == 0, done.stderr
   assert launcher.calls() == planned
-  ((*argv, command),) = planned
+  listed, asked, (*argv, command) = planned
+  assert listed == [
+    *('xpk', 'workload', 'list', '--cluster=c', '--zone=us-west4-a'),
+    *('--project=my-project', f'--filter-by-job={XPK_NAME}'),
+  ]
+  assert asked[:4] == ['kubectl', 'get', 'jobset', XPK_NAME]
   assert argv == [
     *('xpk', 'workload', 'create', '--cluster=c', f'--workload={XPK_NAME}'),
     *('--zone=us-west4-a', '--project=my-project', '--tpu-type=v5litepod-16'),
@@ -263,14 +306,13 @@ def test_xpk_commands(launcher):
     *('bash', 'launch/local.sh', '--workdir=/bucket/runs/1b', XPK[-1], *ALL)
   ]
   assert SECRET not in json.dumps(planned) + done.stdout + done.stderr
-  (down,) = launcher.dry_run('gke_xpk.sh', 'down', *XPK)
-  assert down[:3] == ['xpk', 'workload', 'delete'] and '--force' in down
+  assert launcher.dry_run('gke_xpk.sh', 'down', *XPK) == XPK_DELETE
 
 
 @pytest.mark.skipif(not shutil.which('xpk'), reason='no xpk here')
 def test_xpk_takes_the_command(launcher):
   """xpk's own dry run prints the manifest that it would apply."""
-  (planned,) = launcher.dry_run('gke_xpk.sh', 'run', *XPK, *ALL)
+  *_, planned = launcher.dry_run('gke_xpk.sh', 'run', *XPK, *ALL)
   done = subprocess.run(
     [shutil.which('xpk', path=PATH), *planned[1:], '--dry-run'],
     env={'PATH': PATH, 'HOME': str(launcher.folder)},
@@ -292,6 +334,8 @@ def test_xpk_takes_the_command(launcher):
   ('arguments', 'message'),
   [
     ([*XPK, '--workdir=gs://b/a'], 'xpk mounts no bucket for a run'),
+    ([*XPK, '--workdir=/bucket/../x'], 'give it without . and ..'),
+    ([*JOBSET, '--workdir=gs://bucket/../x'], 'give it without . and ..'),
     ([*XPK, '--topology=v5e:2x2'], 'xpk has no v5e slices below v5e:2x4'),
     ([*XPK, '--cluster=C_1'], "cluster 'C_1' is not valid"),
     ([*XPK, '--via=xkp'], "unknown via 'xkp': did you mean 'xpk'?"),

@@ -22,7 +22,8 @@
 # again. A TPU on which another run is going on is left to it (status 2). See
 # the log with `launch/tpu_vm.sh logs` and the same options. The exit status is
 # that of the run: 0 all steps are done, 1 failed, 2 a bad config, 143 stopped
-# with `launch/tpu_vm.sh stop`; 3 after N failures.
+# with `launch/tpu_vm.sh stop`; 3 after N failures. Before the TPU of a run that
+# is not done is deleted the last lines of each host's log are shown.
 
 set -euo pipefail
 # shellcheck source=launch/lib.sh
@@ -78,6 +79,8 @@ costs() {
 # ended STATUS MESSAGE: deletes the TPU, or tells how to.
 ended() {
   say "$2"
+  # The reason, which the TPU takes with it.
+  (($1 == 0)) || [ "$run" = - ] || tpu last >&2 || true
   if [ -n "$opt_keep" ]; then
     costs 'the TPU is still there'
   else
@@ -85,6 +88,14 @@ ended() {
   fi
   exit "$1"
 }
+
+# The states of a TPU, or of a queued resource, that has no run any more, and of
+# one that has, or is on its way. What Google has besides is left alone.
+LOST='PREEMPTED TERMINATED STOPPED FAILED SUSPENDED'
+COMING='CREATING STARTING RESTARTING REIMAGING REPAIRING ACCEPTED PROVISIONING
+  WAITING_FOR_RESOURCES DELETING STOPPING SUSPENDING'
+among() { case " ${2//$'\n'/ } " in *" $1 "*) ;; *) return 1 ;; esac; }
+known() { among "${1:--}" "READY ACTIVE $LOST $COMING"; }
 
 # Counts a failure, and waits.
 failed() {
@@ -94,13 +105,12 @@ failed() {
     set -- "giving up after $failures failures in a row: $*"
     case $state,$run in
       ABSENT,*) say "$1" && exit 3 ;;
-      ,* | UNKNOWN,* | *,another)
-        say "$1"
-        costs 'the TPU may still be there'
-        exit 3
-        ;;
-      *) ended 3 "$1" ;;
+      *,another) ;;
+      *) ! known "$state" || ended 3 "$1" ;;
     esac
+    say "$1"
+    costs 'the TPU may still be there'
+    exit 3
   fi
   say "$*; failure $failures of $opt_restarts, waiting $pause s"
   sleep "$pause"
@@ -161,15 +171,17 @@ while :; do
       say 'creating the TPU'
       tpu up || failed 'there is no TPU to be had'
       ;;
-    CREATING | STARTING | RESTARTING | REPAIRING | ACCEPTED | PROVISIONING | \
-      WAITING_FOR_RESOURCES | DELETING | STOPPING | SUSPENDING)
-      say "the TPU is $state"
-      sleep "$FRUGAX_POLL"
-      ;;
     '' | UNKNOWN) failed 'Google Cloud does not answer' ;;
     *)
-      failed "the TPU is $state: deleting it, to create another"
-      tpu down || true
+      if among "$state" "$COMING"; then
+        say "the TPU is $state"
+        sleep "$FRUGAX_POLL"
+      elif among "$state" "$LOST"; then
+        failed "the TPU is $state: deleting it, to create another"
+        tpu down || true
+      else
+        failed "the TPU is $state, which says nothing to this script"
+      fi
       ;;
   esac
 done

@@ -11,10 +11,12 @@
 #   run     send the code, install it, start the run, show its log; an error
 #           where a run with another workdir or config is going on
 #   logs    show the log again; the run does not need you to stay connected
+#   last    show the last 100 lines of the log of each host, each with its name
 #   report  tell the state of the TPU and of the run on each host
 #   stop    end the run after it has saved; `run` goes on from there
 #   down    delete the TPU
-#   all     up, run and, once the run has ended by itself, down
+#   all     up, run and, once the run has ended by itself, down; before that,
+#           where it has failed, last
 #
 # Where and what
 #   --topology=CHIP:SHAPE  as the planner names it: v5e:4x4, v6e:2x4, v5p:2x2x2
@@ -22,7 +24,8 @@
 #   --project=ID           default: gcloud's
 #   --name=NAME            of the TPU; default: frugax-, the end of the workdir
 #                          and a sum of all of it
-#   --workdir=DIR          gs://BUCKET/DIR, or a folder that all hosts see
+#   --workdir=DIR          gs://BUCKET/DIR, or a folder that all hosts see, of
+#                          no disk of theirs, which `down` deletes
 #   --config=...           and --config.FIELD=VALUE: the trainer's; a bucket of
 #                          --config.data.data_dir=gs://... is mounted as well
 # How it is created
@@ -49,7 +52,7 @@ set -euo pipefail
 # shellcheck source=launch/lib.sh
 . "$(dirname "$0")/lib.sh"
 
-STEPS='up run logs report stop down all'
+STEPS='up run logs last report stop down all'
 UNREACHABLE=3
 : "${FRUGAX_POLL:=20}" # seconds between two questions
 step=${1:-}
@@ -72,6 +75,7 @@ need workdir 'the folder of the run, e.g. --workdir=gs://BUCKET/runs/1b'
 valid workdir "$opt_workdir" \
   'gs://[a-z0-9][-_.a-z0-9]{1,61}[a-z0-9]/[^ ].*|/.*' \
   'give gs://BUCKET/DIR, or an absolute path that all hosts see'
+check_workdir
 : "${opt_name:=$(default_name "$opt_workdir")}"
 valid name "$opt_name" '[a-z]([-a-z0-9]{0,61}[a-z0-9])?' \
   'lower-case letters, digits and -, a letter first, 63 at most'
@@ -91,8 +95,13 @@ if [ -n "$opt_commit" ]; then
     "$opt_commit^{commit}") || die '--commit: git knows no such commit'
   : "${opt_repo:=$(git -C "$ROOT" remote get-url origin 2>/dev/null || true)}"
   need repo 'the repository has no origin to clone the commit from'
-  case $opt_repo in
-    *://*:*@*) die '--repo has a password in it, which others would see' ;;
+  host=${opt_repo#*://}
+  case ${opt_repo%%://*},${host%%/*} in
+    *,*:*@* | [Hh][Tt][Tt][Pp]*,*@*)
+      die 'the URL to clone from has a password or a token in it, which' \
+        'others would see: give a --repo=URL without, or leave --commit out:' \
+        'then the working tree is sent'
+      ;;
   esac
 elif [ -n "$opt_repo" ]; then
   die '--repo without --commit: the working tree is sent, nothing is cloned'
@@ -133,15 +142,16 @@ ask() {
 
 # The state of the TPU in Google's word; nothing if there is no such TPU.
 state() {
-  local answer
-  if answer=$(describe 2>&1); then
-    printf '%s\n' "$answer" | tail -n 1
-  else
-    case $answer in
-      *NOT_FOUND* | *'not found'*) ;;
-      *) note "$answer" && echo UNKNOWN ;;
-    esac
-  fi
+  local answer file errors failed=''
+  file=$(mktemp)
+  answer=$(describe 2>"$file") || failed=1
+  errors=$(cat "$file")
+  rm -f "$file"
+  case $failed,$errors in
+    ,*) printf '%s\n' "$answer" | tail -n 1 ;;
+    *NOT_FOUND* | *'not found'*) ;;
+    *) note "$errors" && echo UNKNOWN ;;
+  esac
 }
 
 create() {
@@ -184,8 +194,8 @@ up() {
     fi
     case $now in
       READY | ACTIVE) return ;;
-      CREATING | STARTING | RESTARTING | REPAIRING | ACCEPTED | PROVISIONING | \
-        WAITING_FOR_RESOURCES)
+      CREATING | STARTING | RESTARTING | REIMAGING | REPAIRING | ACCEPTED | \
+        PROVISIONING | WAITING_FOR_RESOURCES)
         note "$(date +%H:%M:%S) the TPU $opt_name is $now"
         sleep "$FRUGAX_POLL"
         ;;
@@ -205,6 +215,8 @@ install_code() {
   if [ -n "$(secret_names)" ]; then
     [ -n "$opt_dry_run" ] || write_secrets "$STAGE/frugax-secrets"
     files+=("$STAGE/frugax-secrets")
+  else
+    unpack="rm -f frugax-secrets && $unpack" # of an earlier run
   fi
   if [ -n "$opt_commit" ]; then
     unpack+="git clone --quiet $(quote "$opt_repo") frugax/new && "
@@ -346,6 +358,8 @@ report() {
   esac
 }
 
+last() { remote all "$(worker last 100)"; }
+
 down() {
   if [ -n "$opt_queue" ]; then
     queued delete "$opt_name" "${where[@]}" --force --quiet
@@ -361,6 +375,8 @@ all() {
   if [ -n "$opt_detach" ] || ((status == UNREACHABLE)); then
     note "The TPU $opt_name is still there, and costs until the step down."
   else
+    # What the machines know of the reason goes with them.
+    ((status == 0)) || last || true
     down
   fi
   return "$status"

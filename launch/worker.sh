@@ -4,7 +4,9 @@
 #
 #   worker.sh install EXTRA[,EXTRA]  a Python and the package with its extras
 #   worker.sh start HOSTS --workdir=DIR --config=...   detached from the shell
-#   worker.sh follow LINES           shows the log until the run ends
+#   worker.sh follow LINES           shows the log until the run ends: the last
+#                                    ones, or with +1 all since the latest start
+#   worker.sh last LINES             shows the last ones, each with the host
 #   worker.sh report --workdir=DIR --config=...   prints 'frugax: STATE' of the
 #                                    run with these arguments; without a config,
 #                                    of that in the workdir
@@ -79,6 +81,16 @@ mine() {
     { (($# == 1)) && [[ $had == "$(quote "$1") "* ]]; }
 }
 
+# own_disk DIR: whether it would be on a disk that goes with the machine.
+own_disk() {
+  local folder=$1 source root
+  while [ ! -d "$folder" ]; do folder=$(dirname "$folder"); done
+  source=$(findmnt -n -o SOURCE,FSTYPE -T "$folder") || return 1
+  root=$(findmnt -n -o SOURCE,FSTYPE -T /) || return 1
+  # (Of a folder that is mounted elsewhere as well the source has a [/folder].)
+  [ "${source%%[\[ ]*}" = "${root%%[\[ ]*}" ] || [[ $source == *' tmpfs' ]]
+}
+
 start() {
   local hosts=$1 arguments=() argument given
   shift
@@ -101,6 +113,12 @@ start() {
         mount_bucket "${argument#*=}"
         argument=${argument%%=*}=$MOUNTED
         ;;
+      --workdir=/*)
+        ! own_disk "${argument#*=}" ||
+          die "the workdir ${argument#*=} is on this host's own disk, which" \
+            'is deleted with the TPU, all checkpoints too: give' \
+            'gs://BUCKET/DIR, or a folder of a disk that all hosts have mounted'
+        ;;
     esac
     arguments+=("$argument")
   done
@@ -113,22 +131,30 @@ start() {
   fi
   printf '%s\n' "$given" >"$HERE/arguments"
   cd "$ROOT"
+  # What was before may tell why the run was lost, and stays.
+  touch "$HERE/log"
+  echo "$(($(wc -l <"$HERE/log") + 1))" >"$HERE/first"
   setsid bash "$ROOT/launch/worker.sh" train "${arguments[@]}" \
-    </dev/null >"$HERE/log" 2>&1 &
+    </dev/null >>"$HERE/log" 2>&1 &
   echo $! >"$HERE/pid"
 }
 
 train() {
-  local trainer status=0
-  PYTHON=$HERE/venv/bin/python bash "$ROOT/launch/local.sh" "$@" &
-  trainer=$!
-  trap 'kill -TERM "$trainer" 2>/dev/null || true' TERM
-  wait_for "$trainer" || status=$?
+  local status=0
+  export PYTHON=$HERE/venv/bin/python
+  trap forward TERM
+  tend bash "$ROOT/launch/local.sh" "$@" || status=$?
   echo "$status" >"$HERE/status"
 }
 
 follow() {
-  tail -n "$1" -F --pid="$(cat "$HERE/pid")" "$HERE/log" 2>/dev/null
+  local lines=$1
+  [ "$lines" != +1 ] || lines=+$(cat "$HERE/first")
+  tail -n "$lines" -F --pid="$(cat "$HERE/pid")" "$HERE/log" 2>/dev/null
+}
+
+last() {
+  tail -n "$1" "$HERE/log" | sed "s/^/[$(uname -n)] /"
 }
 
 report() {
@@ -157,6 +183,6 @@ stop() {
 }
 
 case ${1:-} in
-  install | start | follow | report | stop | train) "$@" ;;
+  install | start | follow | last | report | stop | train) "$@" ;;
   *) usage && exit 2 ;;
 esac

@@ -83,7 +83,11 @@ def test_a_run_that_fails_is_not_started_again(
   (launcher.folder / 'steps').write_text(str(status))
   with babysitter(launcher) as process:
     assert process.wait(60) == gives
-    assert message in process.stderr.read()
+    told = process.stderr.read()
+  assert message in told
+  # The reason is shown before it is deleted.
+  for host in range(2):
+    assert f'] host {host} ends with {status}\n' in told
   assert steps(launcher) == ['create', 'delete']
   assert len(runs(launcher)) == 2
 
@@ -181,6 +185,30 @@ def test_no_answer_deletes_nothing(launcher):
   assert 'Google Cloud does not answer' in told
   assert 'the TPU may still be there, and costs until you delete it' in told
   assert steps(launcher) == []
+
+
+def test_a_state_that_is_not_known_deletes_nothing(launcher):
+  """TPUs have had new ones: what HIDDEN holds may come back."""
+  (launcher.folder / 'state').write_text('HIDDEN')
+  with babysitter(launcher, '--restarts=3') as process:
+    assert process.wait(60) == 3
+    told = process.stderr.read()
+  assert told.count('the TPU is HIDDEN, which says nothing') == 3
+  assert 'the TPU may still be there, and costs until you delete it' in told
+  assert steps(launcher) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('state', ['TERMINATED', 'FAILED', 'SUSPENDED'])
+def test_a_tpu_that_is_gone_is_created_anew(launcher, state):
+  (launcher.folder / 'state').write_text(f'REIMAGING\n{state}')
+  (launcher.folder / 'steps').write_text('0')
+  with babysitter(launcher) as process:
+    assert process.wait(60) == 0
+    told = process.stderr.read()
+  assert 'the TPU is REIMAGING\n' in told
+  assert f'the TPU is {state}: deleting it' in told
+  assert steps(launcher) == ['delete', 'create', 'delete']
 
 
 def test_the_plan(launcher):

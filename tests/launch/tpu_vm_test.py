@@ -129,6 +129,9 @@ def test_a_run_gives_its_status_and_the_tpu_back(launcher, hosts, status):
   done = launcher.run('tpu_vm.sh', 'all', *RUN)
   assert done.returncode == status
   assert launcher.calls('gcloud')[-1][4] == 'delete'
+  # What every host has said of it, not only the first, which is followed.
+  for host, own in enumerate(hosts.split() if status else ()):
+    assert f'] host {host} ends with {own}\n' in done.stdout
 
 
 def test_no_tpu_to_be_had(launcher):
@@ -422,7 +425,16 @@ def _git_status(folder):
     (['--workdir=runs/1b'], "workdir 'runs/1b' is not valid: give gs://"),
     (['--workdir=gs://b'], "workdir 'gs://b' is not valid: give gs://"),
     (['--commit=nothing-of-that-name'], 'git knows no such commit'),
-    (['--commit=HEAD', '--repo=https://me:pw@example.com/a'], 'has a password'),
+    (
+      ['--commit=HEAD', f'--repo=https://me:{SECRET}@example.com/a'],
+      'has a password',
+    ),
+    (['--commit=HEAD', f'--repo=https://{SECRET}@example.com/a'], 'or a token'),
+    (['--commit=HEAD', f'--repo=HTTP://{SECRET}@a.b:80/c'], 'or a token'),
+    (['--commit=HEAD', f'--repo=ssh://me:{SECRET}@a.b/c'], 'has a password'),
+    (['--workdir=gs://bucket/../x'], 'give it without . and ..'),
+    (['--workdir=/bucket/../x'], 'give it without . and ..'),
+    (['--workdir=/bucket/x/..'], 'give it without . and ..'),
     (['--repo=https://example.com/a'], '--repo without --commit'),
     (['--secret=NOT_SET_HERE'], 'secret NOT_SET_HERE is not set'),
     ([f'--secret={SECRET}'], 'give the name of an environment variable'),
@@ -434,6 +446,23 @@ def test_wrong_options_are_found_early(launcher, change, message):
   assert done.returncode == 2
   assert message in done.stderr and done.stderr.startswith('error: ')
   assert launcher.calls() == []
+  if '--commit=HEAD' in change:
+    assert SECRET not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(
+  'repo',
+  [
+    'https://example.com/a@b/c.git',
+    'ssh://git@example.com/a.git',
+    'git@example.com:a/b.git',
+    '/a folder/of: mine@here',
+  ],
+)
+def test_a_repository_without_a_secret_in_its_name(launcher, repo):
+  arguments = ('run', *RUN, '--commit=HEAD', f'--repo={repo}')
+  clone = flag(launcher.dry_run('tpu_vm.sh', *arguments)[1], 'command')
+  assert repo in clone
 
 
 def test_an_unknown_step(launcher):

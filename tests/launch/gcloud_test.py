@@ -61,7 +61,7 @@ def test_it_takes_every_command_of_tpu_vm(launcher, options):
   planned = _planned(
     launcher, 'all', *arguments, create_flag, WANDB_API_KEY=SECRET
   )
-  for step in ('report', 'stop', 'logs', 'run'):
+  for step in ('report', 'stop', 'logs', 'last', 'run'):
     more = _planned(launcher, step, *arguments)
     planned += [c for c in more if c not in planned]
   assert {c[4] for c in planned} >= {

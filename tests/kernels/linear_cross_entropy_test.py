@@ -236,6 +236,41 @@ def collectives(text):
   return [int(np.prod([int(n) for n in s.split(',') if n])) for s in shapes]
 
 
+@pytest.mark.parametrize(
+  ('vocabulary', 'sizes', 'axes', 'options'),
+  [
+    (50257, {'tensor': 4}, 'tensor', {}),
+    (50257, {'data': 2, 'tensor': 4}, ('data', 'tensor'), {'z_loss': 0.1}),
+    (35, {'data': 2, 'tensor': 4}, 'tensor', {'softcap': 2.0, 'z_loss': 0.1}),
+    (
+      35,
+      {'tensor': 8},
+      'tensor',
+      {'layout': 'NT', **IMPLEMENTATIONS['mosaic']},
+    ),
+    (7, {'tensor': 8}, 'tensor', {'z_loss': 0.1}),  # fewer than devices
+  ],
+)
+def test_any_vocabulary_over_the_axes_of_a_mesh(
+  vocabulary, sizes, axes, options
+):
+  layout = options.get('layout', 'NN')
+  x, w, labels = data(16, vocabulary, 8, 1.0, layout=layout)
+  labels[:4] = [0, vocabulary - 1, -1, vocabulary - 2]
+  g = np.random.default_rng(1).normal(size=16).astype('f')
+  others = {k: v for k, v in options.items() if k in ('softcap', 'z_loss')}
+  want = twin(x, w, labels, layout, g=g, **others)
+  shifted = np.where(labels < 0, -100, labels)
+  with jax.set_mesh(mesh(**sizes)):
+    got = run(
+      *(x, w, shifted, g), vocab_axis=axes, ignore_index=-100, **options
+    )
+  for i, (a, b) in enumerate(zip(got, want, strict=True)):
+    np.testing.assert_allclose(
+      a, b, rtol=1e-6, atol=[2e-6, 2e-6, 1e-5, 1e-5][i]
+    )
+
+
 def test_neither_logits_nor_weights_travel():
   n, vocabulary, d = 24, 8 * 2304, 16
   x, w, labels = data(n, vocabulary, d)
@@ -310,6 +345,39 @@ def test_labels():
   ignored = kernels.linear_cross_entropy(x, w, labels, ignore_index=7)
   np.testing.assert_array_equal(np.isnan(ignored), [0, 0, 1, 1])
   assert ignored[1] == 0 and ignored[0] == losses[0]
+
+
+@pytest.mark.parametrize('dtype', ['uint8', 'uint16', 'uint32', 'int8'])
+def test_a_label_of_any_dtype_is_the_number_that_it_is(dtype):
+  """The largest ones are not -1, which they would wrap to."""
+  x, w, _ = data(3, 300, 4)
+  top = np.iinfo(dtype).max
+  labels = np.array([top, 5, 7], dtype)
+  want = kernels.linear_cross_entropy(x, w, np.array([min(top, 300), 5, 7]))
+  for given in (labels, jnp.asarray(labels)):
+    got = kernels.linear_cross_entropy(x, w, given)
+    np.testing.assert_array_equal(got, want)
+  assert np.isnan(want[0]) == (top >= 300)
+  ignored = kernels.linear_cross_entropy(x, w, labels, ignore_index=int(top))
+  np.testing.assert_array_equal(ignored, [0, *want[1:]])
+
+
+def test_labels_of_64_bits_are_not_cut_off():
+  x, w, _ = data(3, 300, 4)
+  labels = np.array([2**32, 2**32 - 1, 5])
+  losses = kernels.linear_cross_entropy(x, w, labels)
+  np.testing.assert_array_equal(np.isnan(losses), [1, 1, 0])
+
+
+@each_implementation
+@pytest.mark.parametrize('shape', [(0,), (2, 0)])
+def test_no_tokens_have_no_losses(name, shape):
+  x, labels = np.zeros((*shape, 4), 'f'), np.zeros(shape, int)
+  _, w, _ = data(1, 300, 4)
+  losses, lse, dx, dw = run(x, w, labels, **IMPLEMENTATIONS[name])
+  assert losses.shape == lse.shape == shape and dx.shape == x.shape
+  assert losses.dtype == lse.dtype == jnp.float32
+  np.testing.assert_array_equal(dw, np.zeros_like(w))
 
 
 @each_implementation

@@ -74,6 +74,40 @@ def test_any_vocabulary_is_cut(spec, vocabulary, layout):
     np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * np.abs(b).max())
 
 
+@pytest.mark.parametrize(
+  'options',
+  [
+    {'z_loss': 0.1, 'softcap': 2.0},
+    {'ignore_index': -100, 'z_loss': 0.1},
+    {'ignore_index': 3},
+  ],
+  ids=lambda options: '-'.join(options),
+)
+def test_a_vocabulary_in_two_has_the_options_of_one(options):
+  x, w, labels, weights = _operands(35, 'NN')
+  # One that counts in neither case, and ones that are none of the vocabulary.
+  labels = labels.at[0, :2].set(options.get('ignore_index', -1))
+  labels = labels.at[1, :3].set(jnp.array([-7, 35, 34]))
+  rows = ~((labels < -1) & (labels != -100) | (labels > 34))
+  arrays = x, w, labels, weights
+
+  def function(loss):
+    def total(x, w, labels, weights):
+      found = loss(x, w, labels, layout='NN', return_lse=True, **options)
+      kept = (jnp.where(rows, a, 0) for a in found)
+      return sum(map(jnp.vdot, kept, weights)), found
+
+    return jax.jit(jax.grad(total, (0, 1), has_aux=True))
+
+  layout = mesh.make_layout('fsdp=2,tensor=4')
+  with jax.set_mesh(layout.mesh):
+    found = function(layout.cross_entropy)(*arrays)
+  expected = function(kernels.linear_cross_entropy)(*arrays)
+  assert np.isnan(expected[1][0]).sum() >= 2
+  for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6)
+
+
 def test_no_device_computes_all_logits():
   """Products are those of a device's columns, and of the one that is left."""
   program, _ = _compiled('fsdp=2,tensor=4', 50257, 'NT')

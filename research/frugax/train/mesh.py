@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from frugax import kernels
 from frugax import names as fx_names
-from frugax.models import losses
+from frugax.kernels.linear_cross_entropy import labels as fx_labels
 
 AXES = ('data', 'fsdp', 'tensor', 'context')
 
@@ -178,6 +178,8 @@ class Layout:
     *,
     layout: str,
     return_lse: bool = False,
+    ignore_index: int = -1,
+    z_loss: float = 0.0,
     **options,
   ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """`kernels.linear_cross_entropy` of the devices' own rows and tokens.
@@ -188,19 +190,28 @@ class Layout:
     """
     names = ('embed', 'vocab')[:: 1 if layout == 'NN' else -1]
     axis = names.index('vocab')
+    vocabulary = w.shape[axis]
     n = math.prod(self.mesh.shape[a] for a in self.rules['vocab'])
-    left = w.shape[axis] % n
-    if left and n < w.shape[axis]:
+    left = vocabulary % n
+    if left and n < vocabulary:
       # w is whole on each. So shall be its gradient, before it is put together.
       stored = tuple(None if a == 'vocab' else a for a in names)
 
-      def of_part(w, labels):
-        w = self.constrain(w, stored)
-        return self.cross_entropy(
-          x, w, labels, layout=layout, return_lse=True, **options
-        )
+      def of(part):
+        def loss(labels):
+          w = self.constrain(part, stored)
+          return self.cross_entropy(
+            x, w, labels, layout=layout, return_lse=True, **options
+          )
 
-      found = losses.in_two(of_part, w, labels, w.shape[axis] - left, axis)
+        return loss
+
+      at = vocabulary - left
+      found = fx_labels.in_two(
+        *map(of, jnp.split(w, [at], axis)),
+        fx_labels.as_int32(labels, ignore_index),
+        *(at, vocabulary, z_loss),
+      )
       return found if return_lse else found[0]
     spec = self.spec(names, w.shape)
     embed, vocab = spec[1 - axis], spec[axis]
@@ -214,6 +225,8 @@ class Layout:
         labels,
         layout=layout,
         return_lse=return_lse,
+        ignore_index=ignore_index,
+        z_loss=z_loss,
         vocab_axis=vocab,
         **options,
       )

@@ -1,16 +1,19 @@
 """Cross entropy of a linear layer, whose logits are never in memory."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from frugax import names
 from frugax.kernels import chips
+from frugax.kernels.linear_cross_entropy import labels as fx_labels
 from frugax.kernels.linear_cross_entropy import reference, tpu, triton
 
 # None, a probability, or 'auto'.
@@ -64,7 +67,9 @@ def linear_cross_entropy(
     vocab_axis: the name (or names) of the mesh axis over which the vocabulary
       of w is cut, within `jax.shard_map` over it or under `jax.set_mesh`. Each
       device computes the logits of its own part. What travels is a few numbers
-      a token and, summed, the gradient of x: no logit, and nothing of w.
+      a token and, summed, the gradient of x: no logit, and nothing of w. Under
+      `jax.set_mesh` it may be any vocabulary: of one that the axis does not
+      divide, each device has the few columns that are left as well.
     filter_eps: None for exact gradients; or a probability, say 1e-4, or 'auto',
       a 32nd of the operands' epsilon (2^-12 in bfloat16), or a pair of these,
       for the gradients of x and of w. Of a block of logits in which each token
@@ -113,33 +118,25 @@ def linear_cross_entropy(
     Gemma Team, `Gemma 2: Improving Open Language Models at a Practical Size
     <https://arxiv.org/abs/2408.00118>`_, 2024 (softcap)
   """
-  x, w, labels = jnp.asarray(x), jnp.asarray(w), jnp.asarray(labels)
+  x, w = jnp.asarray(x), jnp.asarray(w)
+  if not isinstance(labels, jax.Array):
+    labels = np.asarray(labels)
   _check(x, w, labels, layout, softcap)
+  labels = fx_labels.as_int32(labels, ignore_index)
   axis = LAYOUTS[layout]
   axes = (vocab_axis,) if isinstance(vocab_axis, str) else vocab_axis or ()
+  within = functools.partial(
+    linear_cross_entropy,
+    layout=layout,
+    softcap=softcap,
+    filter_eps=filter_eps,
+    implementation=implementation,
+    interpret=interpret,
+  )
   if _outside(axes, vocab_axis):
-    spec = P(None, axes) if axis else P(axes)
-    within = functools.partial(
-      linear_cross_entropy,
-      layout=layout,
-      softcap=softcap,
-      z_loss=z_loss,
-      ignore_index=ignore_index,
-      return_lse=return_lse,
-      vocab_axis=axes,
-      filter_eps=filter_eps,
-      implementation=implementation,
-      interpret=interpret,
-    )
-    return jax.shard_map(
-      within,
-      in_specs=(P(), spec, P()),
-      out_specs=P(),
-      axis_names=set(axes),
-      check_vma=False,
-    )(x, w, labels)
-  counts = labels != ignore_index
-  own = labels.astype(jnp.int32)
+    found = _over_devices(within, x, w, labels, axes, axis, z_loss)
+    return found if return_lse else found[0]
+  counts, own = labels != fx_labels.IGNORED, labels
   if axes:
     own -= lax.axis_index(axes) * w.shape[axis]
   # A label that is not here is none.
@@ -148,6 +145,9 @@ def linear_cross_entropy(
   operands = x.astype(dtype), w.astype(dtype), jnp.where(known, own, -1)
   which = _choose(dtype, operands, implementation, interpret)
   filters = _filters(filter_eps, dtype)
+  if not labels.size:
+    losses = lse = x[..., 0].astype(jnp.float32)
+    return (losses, lse) if return_lse else losses
   options = _Options(axis, softcap, filters, which, interpret)
   lse, at = _core(options, *_alike(operands))
   if axes:
@@ -159,6 +159,40 @@ def linear_cross_entropy(
   losses = jnp.where(counts, jnp.where(known, lse - at, jnp.nan), 0)
   losses += z_loss * jnp.square(lse)
   return (losses, lse) if return_lse else losses
+
+
+def _over_devices(loss, x, w, labels, axes, axis, z_loss):
+  """Losses and log-partitions, of a vocabulary that is cut over these axes.
+
+  Of one that they do not divide each device has the columns that are left.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  vocabulary = w.shape[axis]
+  at = vocabulary - vocabulary % math.prod(mesh.shape[a] for a in axes)
+  spec = P(None, axes) if axis else P(axes)
+  parts = [(w, axes, spec) if at else (w, None, P())]
+  if 0 < at < vocabulary:
+    cut, left = jnp.split(w, [at], axis)
+    parts = [(cut, axes, spec), (left, None, P())]
+  ws, cut_over, specs = zip(*parts, strict=True)
+
+  def of_parts(x, ws, labels):
+    def of(w, axes):
+      return lambda labels: loss(x, w, labels, vocab_axis=axes, return_lse=True)
+
+    both = list(map(of, ws, cut_over))
+    if len(both) == 2:
+      return fx_labels.in_two(*both, labels, at, vocabulary, z_loss)
+    losses, lse = both[0](labels)
+    return losses + z_loss * jnp.square(lse), lse
+
+  return jax.shard_map(
+    of_parts,
+    in_specs=(P(), specs, P()),
+    out_specs=P(),
+    axis_names=set(axes),
+    check_vma=False,
+  )(x, ws, labels)
 
 
 class _Options(NamedTuple):

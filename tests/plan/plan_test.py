@@ -4,8 +4,10 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+from importlib import metadata
 
 import jax
 import numpy as np
@@ -53,9 +55,20 @@ def galore(cache):
   return config, fx_compile.plan(config, 'cpu:8', cache)
 
 
-def test_the_plan_is_what_the_run_compiles(galore):
-  config, plan = galore
-  program = step.build(config)
+@pytest.fixture(scope='module')
+def layerwise(cache):
+  """A config of the layer-wise step, and its plan for one device."""
+  fields = {'step': 'layerwise', 'layerwise.clip': 'layer'}
+  config = _config('opt=adamw,matmul=w8', **fields, mesh='data=1')
+  return config, fx_compile.plan(config, 'cpu:1', cache)
+
+
+@pytest.mark.parametrize(
+  'which', ['galore', pytest.param('layerwise', marks=pytest.mark.slow)]
+)
+def test_the_plan_is_what_the_run_compiles(which, request):
+  config, plan = request.getfixturevalue(which)
+  program = step.build(config, jax.devices()[: plan.devices])
   state = program.init(jax.random.PRNGKey(0))
   ids = np.zeros((config.batch_size, 16), np.int32)
   batch = program.put(dict.fromkeys(fx_compile.BATCH, ids))
@@ -120,6 +133,29 @@ def test_a_kept_plan_is_the_same(galore, cache, monkeypatch):
   assert fx_compile.plan(again, 'cpu:8', cache) == plan
   with pytest.raises(TypeError):
     fx_compile.plan(search.changed(config, clip_norm=0.5), 'cpu:8', cache)
+
+
+@pytest.mark.parametrize(
+  ('package', 'matters'),
+  [('jaxlib', True), ('optax', True), ('flax', True), ('tqdm', False)],
+)
+def test_a_plan_is_kept_until_what_makes_it_changes(
+  package, matters, monkeypatch
+):
+  before = fx_compile.fingerprint(_config(), 'cpu:1')
+  version = metadata.version
+
+  def newer(name):
+    return '99.0' if name == package else version(name)
+
+  monkeypatch.setattr(metadata, 'version', newer)
+  assert (fx_compile.fingerprint(_config(), 'cpu:1') != before) == matters
+
+
+def test_a_plan_is_kept_by_the_settings_of_jax():
+  before = fx_compile.fingerprint(_config(), 'cpu:1')
+  with jax.default_matmul_precision('highest'):
+    assert fx_compile.fingerprint(_config(), 'cpu:1') != before
 
 
 def test_products_are_those_of_the_model():
@@ -299,6 +335,52 @@ def test_the_cheapest_policy_that_fits(galore):
   assert [t.name for t in tried] == [f'remat={p}' for p in llama.REMAT]
   assert best.plan.flops == {'float32': 2.0}
   assert best.plan.needed == 500
+
+
+def test_policies_of_the_layerwise_step_are_those_that_differ(galore):
+  _, plan = galore
+  config = _config('opt=sgd', step='layerwise')
+  tried, _ = search.search('remat', config, 'cpu:1', lambda _: plan)
+  assert [t.name for t in tried] == ['remat=inputs', 'remat=full']
+
+  def program(remat):
+    built = step.build(
+      search.changed(config, model__remat=remat), jax.devices()[:1]
+    )
+    batch = fx_compile.abstract_batch(config, built)
+    with jax.set_mesh(built.layout.mesh):
+      return built.train_step.lower(built.abstract_state(), batch).as_text()
+
+  full = program('full')
+  assert program('none') == full != program('inputs')
+
+
+@pytest.mark.parametrize(
+  ('overrides', 'devices', 'message'),
+  [
+    ({'batch_size': 2}, 8, r'batch_size=2, .*n_kv_heads=2;.*multiple of 4,'),
+    (
+      {'batch_size': 4, 'accumulation': 2, 'model.n_kv_heads': 1},
+      8,
+      r'batch_size=4, accumulation=2\).*n_kv_heads=1;.*multiple of 16,',
+    ),
+    (
+      {'model.n_heads': 8, 'model.n_kv_heads': 8, 'batch_size': 1},
+      16,
+      r'no mesh of 16 .*n_kv_heads=8; use a batch_size .* multiple of 2,',
+    ),
+  ],
+)
+def test_a_search_without_a_mesh_says_why(
+  overrides, devices, message, monkeypatch
+):
+  monkeypatch.setattr(topologies, 'devices', lambda _: range(devices))
+  config = _config('opt=sgd', **overrides)
+  with pytest.raises(ValueError, match=message) as error:
+    search.search('mesh', config, 'described', None)
+  assert fx_config.is_ours(error.value)
+  least = int(re.search(r'multiple of (\d+)', str(error.value))[1])
+  assert search.meshes(search.changed(config, batch_size=least), devices)
 
 
 def test_meshes_are_those_that_can_run():

@@ -314,6 +314,8 @@ def test_a_step_that_is_not_finite_is_left_out(config):
     ({'layerwise__inputs': 'host'}, "layerwise.inputs 'host'.*pinned_host"),
     ({'step': 'layers'}, "step 'layers'.*layerwise"),
     ({'layerwise__clip': 'layers'}, "clip 'layers'.*layer"),
+    ({'model__remat': 'offload'}, "remat='offload' changes nothing.*use full"),
+    ({'model__remat': 'dots'}, "remat='dots' changes nothing.*use full"),
     ({'layerwise__clip': 'layer', 'skip_nonfinite': True}, "clip='global'"),
   ],
 )

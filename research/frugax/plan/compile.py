@@ -29,6 +29,16 @@ BATCH = ('tokens', 'labels', 'segment_ids', 'positions')
 # What a config says of a run but not of its program.
 _BESIDE = ('seed', 'compat_eval', 'data', 'eval', 'checkpoint', 'log')
 
+_COMPILERS = (
+  *('jax', 'jaxlib', 'libtpu', 'jax-cuda12-pjrt', 'jax-cuda13-pjrt'),
+)
+# What traces the program beside them, and settings of JAX that change it.
+_LIBRARIES = ('flax', 'ml-dtypes', 'optax')
+_SETTINGS = (
+  *('jax_default_matmul_precision', 'jax_default_prng_impl'),
+  *('jax_enable_x64', 'jax_threefry_partitionable'),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -201,15 +211,16 @@ def fingerprint(config, topology: str) -> str:
   for name in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS'):
     fields[name] = os.environ.get(name, '')
   fields |= {'topology': topology, 'capacity': topologies.capacity(topology)}
-  fields |= _versions()
+  fields |= _versions((*_COMPILERS, *_LIBRARIES))
+  fields |= {name: getattr(jax.config, name) for name in _SETTINGS}
   fields['code'] = processes.code_hash()
   text = json.dumps(fields, sort_keys=True, default=str)
   return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _versions():
+def _versions(packages=_COMPILERS):
   found = {}
-  for name in ('jax', 'jaxlib', 'libtpu', 'jax-cuda12-pjrt', 'jax-cuda13-pjrt'):
+  for name in packages:
     with contextlib.suppress(metadata.PackageNotFoundError):
       found[name] = metadata.version(name)
   return found

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from frugax.models import llama
 from frugax.plan import compile as fx_compile
 from frugax.plan import topologies
+from frugax.train import layerwise
 from frugax.train import mesh as fx_mesh
 
 KINDS = ('batch', 'remat', 'mesh')
@@ -52,6 +53,9 @@ def search(
 
   Returns:
     All that was tried, and the best of them; None if nothing fits.
+
+  Raises:
+    ValueError: no mesh on which the config can run.
   """
   if kind == 'batch':
     return _batch(config, topology, planner)
@@ -62,15 +66,22 @@ def search(
         c := changed(config, model__remat=policy),
         planner(c),
       )
-      for policy in llama.REMAT
+      for policy in policies(config)
     ]
   else:
     found = [
       Tried(f'mesh={spec}', c := changed(config, mesh=spec), planner(c))
-      for spec in meshes(config, len(topologies.devices(topology)))[:_MESHES]
+      for spec in _some_meshes(config, len(topologies.devices(topology)))
     ]
   fitting = [t for t in found if t.plan.fits]
   return found, min(fitting, key=_price, default=None)
+
+
+def policies(config) -> list[str]:
+  """Remat policies with programs of their own, of the config's step."""
+  if config.step != 'layerwise':
+    return list(llama.REMAT)
+  return [p for p in layerwise.REMAT if p != 'none']  # which is 'full' there
 
 
 def _price(tried):
@@ -134,8 +145,7 @@ def meshes(config, devices: int) -> list[str]:
   Returns:
     Mesh specs such as 'fsdp=4,tensor=2'.
   """
-  fields = config.model.to_dict()
-  model = llama.config(fields.pop('size'), **fields)
+  model = _model(config)
   rows = config.batch_size // config.accumulation
   weights = 4 * llama.param_count(model)
 
@@ -161,6 +171,26 @@ def meshes(config, devices: int) -> list[str]:
     or 'fsdp=1'
     for _, sizes in found
   ]
+
+
+def _some_meshes(config, devices):
+  """Those to be compiled."""
+  found = meshes(config, devices)[:_MESHES]
+  if not found:
+    heads = _model(config).n_kv_heads
+    least = config.accumulation * devices // math.gcd(devices, heads)
+    raise ValueError(
+      f'no mesh of {devices} devices: data x fsdp must divide the micro-batch'
+      f' (batch_size={config.batch_size}, accumulation={config.accumulation})'
+      f' and tensor the n_kv_heads={heads}; use a batch_size that is a multiple'
+      f' of {least}, or plan a mesh with a context axis without --search'
+    )
+  return found
+
+
+def _model(config):
+  fields = config.model.to_dict()
+  return llama.config(fields.pop('size'), **fields)
 
 
 def _factors(n: int) -> Iterator[tuple[int, int, int]]:

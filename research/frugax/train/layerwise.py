@@ -22,6 +22,9 @@ from frugax.train import step as fx_step
 from frugax.train.walk import Walk
 
 CLIPS = ('global', 'layer')
+# Policies of `LlamaConfig.remat` that it can run with. To it 'none' is 'full':
+# each layer is computed again from its input.
+REMAT = ('none', 'inputs', 'full')
 
 
 class Sums(NamedTuple):
@@ -306,8 +309,15 @@ def make(config, model, tx, shapes, shardings, schedule, **options):
     **options: those of every step.
 
   Raises:
-    ValueError: as there.
+    ValueError: as there, or a remat policy that would change nothing.
   """
+  if model.config.remat not in REMAT:
+    raise ValueError(
+      f'model.remat={model.config.remat!r} changes nothing with step=layerwise,'
+      ' which computes each layer again from its input: use full (none is the'
+      ' same) or inputs; layerwise.inputs=pinned_host moves what is kept to the'
+      ' host'
+    )
 
   def constrain(grads):
     own = {key: shardings[key] for key in grads}

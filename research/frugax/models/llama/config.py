@@ -56,7 +56,10 @@ class LlamaConfig:
       so the linears but not the attention scores; 'linears' the outputs of the
       linears whatever `dot_general` computes them, and in its dtype; 'offload'
       these in the pinned memory of the host, and on the device the layers'
-      inputs alone. Low-bit recipes save memory under 'none' and 'inputs'.
+      inputs alone. Low-bit recipes save memory under 'none' and 'inputs'. The
+      layer-wise step keeps the layers' inputs in any case: there 'none' and
+      'full' are the same, 'inputs' acts within the layer that is computed
+      again, and the others, which would change nothing, are refused.
     matmul: low-bit recipe of the seven linears of a layer, a name that
       `frugax.lowbit.recipe` knows; 'none' computes them in `dtype`.
     matmul_rules: (regular expression, recipe) pairs: a linear has the recipe of

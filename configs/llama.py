@@ -104,7 +104,8 @@ def get_config(arg=None):
   # and its gradient dropped.
   c.step = 'ordinary'
   # The memory of the optimizer's state: device, or pinned_host, the host's. The
-  # layer-wise step fetches one layer's at a time, the ordinary one all.
+  # layer-wise step fetches one layer's at a time, the ordinary one all, which
+  # takes more of the device than to keep it there.
   c.opt_state = 'device'
   c.layerwise = ConfigDict()
   # What clip_norm bounds: global, by a second backward pass; or layer, the norm
@@ -120,7 +121,9 @@ def get_config(arg=None):
   # saves time on Hopper GPUs. 0: exact.
   c.filter_eps = 0.0
   c.compat_eval = False  # also log the published harness's N/(N+1) value
-  c.skip_nonfinite = False  # leave out steps whose loss is not finite
+  # Leave out steps whose loss or gradient is not finite; the ordinary step also
+  # those whose update is not.
+  c.skip_nonfinite = False
   # Of weights in bfloat16 or int8: nearest, which loses small updates, or
   # stochastic.
   c.rounding = 'stochastic' if args.matmul == 'w8' else 'nearest'

@@ -2,8 +2,14 @@
 
 import pathlib
 import re
+import shlex
 
+import jax
 import pytest
+
+from frugax import config as fx_config
+from frugax.plan import __main__ as plan_command
+from frugax.train import step
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _TEXT = (_ROOT / 'README.md').read_text()
@@ -15,6 +21,30 @@ def test_examples_run(capsys):
   for block in blocks:
     exec(compile(block, 'README.md', 'exec'), {})
   assert "'total'" in capsys.readouterr().out
+
+
+def _commands(module):
+  """Arguments of the README's calls of a module."""
+  text = _TEXT.replace('\\\n', ' ')
+  lines = re.findall(rf'^    python -m {module} (.*)', text, re.MULTILINE)
+  assert lines
+  return [shlex.split(line) for line in lines]
+
+
+def test_commands_are_read(monkeypatch):
+  monkeypatch.chdir(_ROOT)
+  for argv in _commands('frugax.plan'):
+    args, rest = plan_command._parser().parse_known_args(argv)
+    fx_config.override_all(fx_config.load(args.config), rest)
+  found = [
+    fx_config.parse_command_line(a, '')[0] for a in _commands('frugax.train')
+  ]
+  # The one that is for a single chip can run on it.
+  (config,) = [c for c in found if c.step == 'layerwise']
+  program = step.build(config, jax.devices()[:1])
+  length = config.data.sequence_length
+  program.layout.check_batch(config.eval.batch_size, length, 'eval')
+  assert (config.batch_size, config.eval.batch_size, length) == (1, 1, 2048)
 
 
 def test_paths_and_targets_exist():

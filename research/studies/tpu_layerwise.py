@@ -1,4 +1,4 @@
-"""What the layer-wise step saves, compiled for TPU chips.
+r"""What the layer-wise step saves, compiled for TPU chips.
 
     python research/studies/tpu_layerwise.py
     python research/studies/tpu_layerwise.py 7b     # rows with this in them
@@ -16,9 +16,14 @@ three. `peak` is of live memory the most at one time, the host's counted, too.
   (two).
   With the optimizer's state in the host's memory, too.
 - LLaMA-7b with q_galore of rank 1024 and weights stored in int8, on one v5e
-  chip (16 GiB), as configs/llama.py:size=7b,opt=q_galore,matmul=w8,data=c4
-  with `--config.step=layerwise` trains it. With 1, 4 and 16 micro-batches, the
-  inputs of the layers kept on the device and in the host's memory.
+  chip (16 GiB), as this trains it:
+    python -m frugax.train --workdir=runs/7b \
+      --config=configs/llama.py:size=7b,opt=q_galore,matmul=w8,data=c4 \
+      --config.step=layerwise --config.layerwise.clip=layer \
+      --config.model.param_dtype=bfloat16 --config.batch_size=1 \
+      --config.data.sequence_length=2048 --config.eval.batch_size=1
+  With 1, 4 and 16 micro-batches, the inputs of the layers kept on the device
+  and in the host's memory.
 - What accumulators of gradients would take on the device instead, counted on
   the shapes of the same model.
 """

@@ -11,7 +11,7 @@ IGNORED, UNKNOWN = -1, -2
 Losses = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 
-def as_int32(labels: jax.typing.ArrayLike, ignore_index: int) -> jax.Array:
+def as_int32(labels: jax.Array | np.ndarray, ignore_index: int) -> jax.Array:
   """Labels in int32: -1 where they are ignored, -2 if negative otherwise.
 
   None changes its meaning: 255 in uint8 is not -1, and 2^32 is not 0.
@@ -26,10 +26,11 @@ def as_int32(labels: jax.typing.ArrayLike, ignore_index: int) -> jax.Array:
     >>> as_int32(np.array([-1, 7, 2**32]), 7).tolist()
     [-2, -1, 2147483647]
   """
-  # JAX would cut the upper bits of NumPy's off.
-  xp = jnp if isinstance(labels, jax.Array) else np
+  # JAX would cut the upper bits of NumPy's 64 off.
+  wide = isinstance(labels, np.ndarray) and labels.dtype.itemsize == 8
+  xp = np if wide else jnp
   labels = xp.asarray(labels)
-  of_labels, of_int32 = np.iinfo(labels.dtype), np.iinfo(np.int32)
+  of_labels, of_int32 = jnp.iinfo(labels.dtype), jnp.iinfo(jnp.int32)
   low, high = max(of_labels.min, UNKNOWN), min(of_labels.max, of_int32.max)
   found = xp.clip(labels, low, high).astype(np.int32)
   found = xp.where(found < 0, UNKNOWN, found)

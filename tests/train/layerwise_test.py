@@ -66,8 +66,13 @@ def _train(config, steps, state=None, devices=1):
   return jax.device_get(state), jax.device_get(rows)
 
 
-def _assert_equal(got, want, atol=1e-6):
-  """States of the same structure, and metrics by step."""
+def _assert_equal(got, want, atol=1e-6, state_rtol=1e-4):
+  """States of the same structure, and metrics by step.
+
+  Sums in another order change a gradient by some 2^-24 of the largest number
+  of its array, and a basis that is found from it by that over the gap between
+  singular values: 2e-5 at most was seen. A wrong update is off by far more.
+  """
   (state, rows), (want_state, want_rows) = got, want
   assert jax.tree.structure(state) == jax.tree.structure(want_state)
   jax.tree.map(
@@ -83,6 +88,21 @@ def _assert_equal(got, want, atol=1e-6):
       )
   for a, b in zip(*map(_integers, (state, want_state)), strict=True):
     assert a == b  # counters and keys tick once a step
+  pairs = zip(
+    jax.tree.leaves_with_path(state.opt_state),
+    jax.tree.leaves(want_state.opt_state),
+    strict=True,
+  )
+  for (path, a), b in pairs:
+    where = jax.tree_util.keystr(path)
+    if a.dtype in (np.int8, np.uint8):
+      assert np.mean(a != b) < 0.01, where  # codes, which a last bit may turn
+    elif not jnp.issubdtype(a.dtype, jnp.floating):
+      np.testing.assert_array_equal(a, b, where)
+    else:
+      a, b = (np.asarray(x, np.float64) for x in (a, b))
+      bound = state_rtol * np.max(np.abs(b), initial=0)
+      np.testing.assert_allclose(a, b, rtol=0, atol=bound, err_msg=where)
 
 
 def _integers(state):
@@ -96,12 +116,11 @@ def _integers(state):
 @pytest.mark.parametrize(
   'name',
   [
-    'galore',
+    *('galore', 'adamw', 'lion'),
     *(
       pytest.param(name, marks=pytest.mark.slow)
       for name in (
         *(
-          'adamw',
           'stable_spam',
           'coap',
           'fira',
@@ -110,7 +129,7 @@ def _integers(state):
           'ldadam',
           'snsm',
         ),
-        *('adam_sn', 'spam', 'sgd_sai', 'lamb', 'lion'),
+        *('adam_sn', 'spam', 'sgd_sai', 'lamb'),
       )
     ),
   ],
@@ -121,7 +140,8 @@ def test_equals_the_ordinary_step(name, config):
   got = _train(config(name, step='layerwise'), 50)
   clipped = [row['grad_norm'] > 0.05 for row in want[1]]
   assert np.mean(clipped) > 0.9
-  _assert_equal(got, want)
+  # ldadam finds each of its 50 bases from the one before: 1.8e-4 was seen.
+  _assert_equal(got, want, state_rtol=1e-3 if name == 'ldadam' else 1e-4)
 
 
 @pytest.mark.slow
@@ -229,11 +249,13 @@ def test_low_bit_products_round_by_the_same_keys(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['adamw', 'galore'])
-def test_sharded_equals_one_device(name, config):
-  want = _train(config(name), 10)
+@pytest.mark.parametrize(
+  ('name', 'matmul'), [('adamw', 'f32'), ('galore', 'f32'), ('adamw', 'w8')]
+)
+def test_sharded_equals_one_device(name, matmul, config):
+  want = _train(config(name, matmul), 10)
   mesh = {'mesh': 'fsdp=4,tensor=2', 'step': 'layerwise'}
-  got = _train(config(name, **mesh), 10, devices=8)
+  got = _train(config(name, matmul, **mesh), 10, devices=8)
   _assert_equal(got, want, 1e-5)
 
 
@@ -242,14 +264,11 @@ def test_a_run_may_change_its_step_and_goes_on_bit_for_bit(config):
   layerwise = config('q_galore', 'w8', step='layerwise')
   want, _ = _train(layerwise, 6)
   half, _ = _train(layerwise, 3)
-  got, _ = _train(layerwise, 3, half)
+  got, rows = _train(layerwise, 3, half)
   jax.tree.map(np.testing.assert_array_equal, got, want)
-  _, rows = _train(config('q_galore', 'w8'), 3, half)  # the ordinary step
-  np.testing.assert_allclose(rows[0]['loss'], _loss_after(layerwise, half))
-
-
-def _loss_after(config, state):
-  return _train(config, 1, state)[1][0]['loss']
+  # The ordinary step goes on as this one.
+  ordinary = _train(config('q_galore', 'w8'), 3, half)
+  _assert_equal(ordinary, (want, rows))
 
 
 @pytest.mark.slow

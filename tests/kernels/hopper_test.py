@@ -24,12 +24,16 @@ KINDS = {
   'e4m3': ('float8_e4m3fn', 'float8_e4m3fn'),
   'e5m2 x e4m3': ('float8_e5m2', 'float8_e4m3fn'),
 }
-# Less than a block, odd, several blocks with a rest along each axis.
+# Less than a block, odd, several blocks with a rest along each axis; then more
+# blocks than processors, of one step, and of more than are in memory at once.
 SHAPES = [
   ((1, 1, 1), 'bfloat16'),
   ((4, 64, 32), 'bfloat16'),
   ((129, 333, 1000), 'float32'),
   ((520, 1376, 513), 'bfloat16'),
+  ((4096, 4096, 100), 'float32'),
+  ((4096, 4096, 640), 'bfloat16'),
+  ((4096, 4096, 1100), 'float32'),
 ]
 
 

@@ -1,6 +1,7 @@
 """Every implementation of the products against float64."""
 
 import functools
+import re
 
 import hypothesis
 import hypothesis.strategies as st
@@ -12,6 +13,7 @@ import pytest
 
 from frugax import kernels
 from frugax.kernels import blocks, chips, products
+from frugax.kernels.quantized_matmul import mosaic_gpu
 from frugax.quant import Scaling, element, hadamard
 
 IMPLEMENTATIONS = {
@@ -166,6 +168,30 @@ def test_kernels_in_every_layout(kind, layout):
 def test_mosaic_gpu(kind, layout, m, n, k):
   shifts = (0.5, 0.5) if kind == 'int8' else (0.0, 0.0)
   check_matmul('mosaic_gpu', kind, layout, m, n, k, shifts)
+
+
+@pytest.mark.parametrize('kind', ['int8', 'e4m3'])
+@pytest.mark.parametrize('steps', [1, 2, 3])
+def test_mosaic_gpu_goes_over_many_blocks(kind, steps, monkeypatch):
+  """One program, six blocks; operands of two steps fit into its memory."""
+  monkeypatch.setattr(mosaic_gpu, '_PROCESSORS', 1)
+  check_matmul('mosaic_gpu', kind, 'NT', 300, 200, 128 * steps)
+
+
+def test_operands_are_not_released_while_the_matrix_unit_reads_them():
+  """On a GPU it does so until it is waited for, interpreted no longer."""
+  device = jax.sharding.AbstractDevice(
+    device_kind='NVIDIA H200', num_cores=132, platform='gpu'
+  )
+  mesh = jax.sharding.AbstractMesh((1,), ('x',), abstract_device=device)
+  a = numbers('int8', 300, 400)
+  with jax.sharding.use_abstract_mesh(mesh):
+    product = jax.jit(lambda a: kernels.quantized_matmul(a, a, layout='NT'))
+    text = str(product.trace(a).jaxpr)
+  ((count, after),) = re.findall(
+    r'\bwgmma_ref .*\n\s*wgmma_wait\D*(\d+).*\n\s*(\w+)', text
+  )
+  assert (int(count), after) == (0, 'barrier_arrive')
 
 
 @each_implementation

@@ -36,10 +36,11 @@ def quantized_matmul(
   A program for each processor goes over blocks of the result. One group of
   warps copies blocks of both operands into shared memory, and goes on with the
   next block of the result while that before is written; two groups multiply,
-  each half the rows of a block. Integers are summed in the matrix unit, whose
-  next product begins before the last one ends. Of a sum of 8-bit floats it
-  keeps about 14 bits, so that the part of each step (`blocks.contracted` of K)
-  is added to the others in float32.
+  each half the rows of a block. Either group ends its product before it says
+  that the operands of a step may be written over, the last of a block, too:
+  while one waits the other multiplies. Integers are summed in the matrix unit.
+  Of a sum of 8-bit floats it keeps about 14 bits, so that the part of each step
+  (`blocks.contracted` of K) is added to the others in float32.
 
   The matrix unit takes 8-bit numbers only with the contracted axis last in
   memory: XLA transposes the others before, or where it computes them. It also
@@ -142,8 +143,6 @@ def _kernel(kind, blocks, counts, row_ends, store, interpret, a, b, *refs):
   half, dtype = bm // _GROUPS, products.sum_dtype(kind)
   group = lax.axis_index('group')
   mine = pl.ds(group * half, half)
-  # What the matrix unit sums whole, it may still work on in the next step.
-  late = int(kind == 'int8')
 
   def pipeline(step, compute):
     return plgpu.emit_pipeline_warp_specialized(
@@ -166,7 +165,6 @@ def _kernel(kind, blocks, counts, row_ends, store, interpret, a, b, *refs):
       lambda k: (0, k) if axis else (k, 0),
       memory_space=plgpu.SMEM,
       transforms=_transforms(_SWIZZLE, _SWIZZLE),
-      delay_release=late,
     )
 
   def multiply(a, b, sums):
@@ -174,7 +172,9 @@ def _kernel(kind, blocks, counts, row_ends, store, interpret, a, b, *refs):
 
   def whole(_, a, b, sums):
     multiply(a, b, sums)
-    plgpu.wgmma_wait(late)
+    # Had it `delay_release`, the last step would never release its operands,
+    # and the next block would be copied over what is still multiplied.
+    plgpu.wgmma_wait(0)
     return sums
 
   def in_parts(_, a, b, sums):

@@ -63,7 +63,7 @@ def test_the_chip_decides(device_kind):
     assert ('quantized_matmul_' in str(traced.jaxpr)) == native, kind
 
 
-def test_a_kernel_is_chosen_by_name_for_its_own_chip():
+def test_a_chip_has_a_kernel_for_each_kind_and_others_by_name():
   device = jax.sharding.AbstractDevice(
     device_kind='NVIDIA H200', num_cores=132, platform='gpu'
   )
@@ -84,6 +84,10 @@ def test_a_kernel_is_chosen_by_name_for_its_own_chip():
       ('float8', 'mosaic_gpu'),
     ):
       assert chips.choose('op', kind, name, interpret=False) == name
+    for kind in ('int8', 'int4', 'float8'):
+      found = chips.choose('op', kind, None, interpret=False)
+      assert found == 'mosaic_gpu', kind
+    assert chips.choose('op', 'bfloat16', None, interpret=False) == 'triton'
     assert chips.choose('op', 'mixed', None, interpret=False) == 'xla'
 
 

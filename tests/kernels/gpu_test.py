@@ -19,6 +19,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+VERSION = tuple(map(int, jax.__version__.split('.')[:2]))
+LAYOUTS = ('NN', 'NT', 'TN')
+SIZES = ('', ' odd', ' tiny')
+UNLIKE = VERSION >= (0, 11)  # products of two kinds of 8-bit floats
+
+
 @functools.cache
 def compiled():
   """What `gpu.py` prints, for each program."""
@@ -45,8 +51,8 @@ def test_every_kernel_compiles():
 
 
 needs_ptx_of_triton = pytest.mark.skipif(
-  tuple(map(int, jax.__version__.split('.')[:2])) >= (0, 12),
-  reason='the XLA of jax 0.12 dumps no PTX of Triton kernels',
+  VERSION >= (0, 11),
+  reason='the XLA of jax 0.11 dumps no PTX of Triton kernels',
 )
 
 
@@ -57,8 +63,9 @@ def test_integers_are_multiplied_as_int8():
   assert {n: operands(n) for n in names} == {n: {'s8.s8'} for n in names}
 
 
-def test_mosaic_gpu_multiplies_int8_too():
-  names = [n for n in compiled() if n.startswith('int8') and 'mosaic' in n]
+@pytest.mark.parametrize('kind', ['int8', 'int4'])
+def test_mosaic_gpu_multiplies_integers_as_int8(kind):
+  names = [n for n in compiled() if n.startswith(kind) and 'mosaic' in n]
   assert len(names) == 9
   assert {n: operands(n) for n in names} == {n: {'s8.s8'} for n in names}
 
@@ -70,18 +77,26 @@ def test_parts_of_a_result_go_to_different_places():
   beyond its end would be written there, too.
   """
   names = [n for n in compiled() if n.endswith(' mosaic_gpu')]
-  assert len(names) == 27
+  assert len(names) == 4 * 9 + UNLIKE * 9
   stores = {n: compiled()[n]['stores'] for n in names}
   assert stores == {n: ['4'] for n in names}
 
 
-@pytest.mark.parametrize('dtype', ['e4m3', 'e5m2'])
-def test_8_bit_floats_are_multiplied_as_they_are(dtype):
+@pytest.mark.parametrize('kind', ['e4m3', 'e5m2', *['e5m2 x e4m3'] * UNLIKE])
+def test_8_bit_floats_are_multiplied_as_they_are(kind):
   """And not as float16, which Triton would have made of them."""
-  names = [n for n in compiled() if n.startswith(dtype)]
-  assert {n.split()[1] for n in names} >= {'NN', 'NT', 'TN'}
-  expected = {f'{dtype}.{dtype}'}
+  names = [f'{kind} {n}{odd} mosaic_gpu' for n in LAYOUTS for odd in SIZES]
+  names += [f'{kind} stack'] if kind == 'e4m3' else []
+  a, b = (kind.split(' x ') * 2)[:2]
+  expected = {f'{a}.{b}'}
   assert {n: operands(n) for n in names} == {n: expected for n in names}
+
+
+def test_a_layer_multiplies_8_bit_floats():
+  """Of two kinds in its backward pass, where there are such products."""
+  name = 'fp8 linear' if UNLIKE else 'fp8 forward'
+  expected = {'e4m3.e4m3', 'e5m2.e4m3'} if UNLIKE else {'e4m3.e4m3'}
+  assert operands(name) == expected
 
 
 @needs_ptx_of_triton

@@ -66,6 +66,7 @@ def quantized_matmul(
     sum, and parts of 128 added in float32)
   """
   m, n, k = products.sizes(a, b, layout)
+  name = f'quantized_matmul_{products.kind(a.dtype, b.dtype)}_{layout}'
   a, b = (x.astype(jnp.int8) if x.dtype == jnp.int4 else x for x in (a, b))
   kind = products.kind(a.dtype, b.dtype)
   a, b = products.contracted_last(a, b, layout)
@@ -96,7 +97,7 @@ def quantized_matmul(
   body = functools.partial(
     _kernel, kind, blocks, counts, len(ends[0]), store, interpret
   )
-  body.__name__ = f'quantized_matmul_{kind}_{layout}'
+  body.__name__ = name
   y = plgpu.kernel(
     body,
     out_type=jax.ShapeDtypeStruct(size, dtype),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from frugax import kernels
-from frugax.kernels import blocks
+from frugax.kernels import blocks, chips
 from frugax.quant import Scaling, element, quantize_tiles
 
 FORMATS = ('int8', 'int4', 'ternary', 'rise4', 'fp8_e4m3', 'fp8_e5m2')
@@ -142,3 +142,14 @@ def test_the_chip_decides(device, native):
   with jax.sharding.use_abstract_mesh(mesh):
     traced = jax.jit(kernels.encode).trace(*arrays)
   assert ('pallas_call' in str(traced.jaxpr)) == native
+
+
+def test_xla_says_once_that_it_computes_the_codes(caplog):
+  chips.say_so.cache_clear()
+  x, steps = jnp.ones((8, 8)), jnp.ones((8, 1))
+  for _ in range(2):
+    kernels.encode(x, steps, 'fp8_e4m3', implementation='xla')
+    kernels.encode(x, steps, 'int4')
+  assert [r.getMessage() for r in caplog.records] == [
+    'encode: int4 codes are left to XLA on this platform'
+  ]

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 
 from frugax import quant
+from frugax.kernels import chips
+from frugax.kernels.codes import FORMATS
 from frugax.kernels.hadamard_quantize.api import hadamard_quantize
-from frugax.kernels.hadamard_quantize.options import FORMATS, Copy
+from frugax.kernels.hadamard_quantize.options import Copy
 from frugax.quant import Scaling
 
 P = PartitionSpec
@@ -304,7 +306,7 @@ def test_errors_name_the_value_and_the_way_out():
   for match, call in [
     (r"'mosiac'.*did you mean 'mosaic'", {'implementation': 'mosiac'}),
     ('needs a TPU', {'implementation': 'mosaic'}),
-    ('needs a Hopper GPU', {'implementation': 'triton'}),
+    ('needs a GPU of the Hopper kind', {'implementation': 'triton'}),
     ('only a kernel', {'implementation': 'xla', 'interpret': True}),
     ('give a key', {'rows': Copy(stochastic=True)}),
     (r'signs=jax\.random\.key', {'rows': Copy(signs=True)}),
@@ -357,3 +359,25 @@ def test_hopper_has_a_kernel_of_its_own():
         lambda x, c=columns: hadamard_quantize(x, None, c)
       ).trace(x)
     assert str(traced.jaxpr).count('pallas_call') == kernels
+
+
+def test_xla_says_once_that_it_computes_the_copies(caplog):
+  chips.say_so.cache_clear()
+  device = jax.sharding.AbstractDevice(
+    device_kind='NVIDIA H200', num_cores=1, platform='gpu'
+  )
+  x, groups = jnp.ones((128, 8)), Copy(scaling=Scaling((1, 40)))
+  for _ in range(2):
+    hadamard_quantize(x, implementation='xla')
+    hadamard_quantize(x, 'int8', 'int4')
+    for n, columns in ((1, groups), (2, None)):
+      mesh = jax.sharding.AbstractMesh((n,), ('x',), abstract_device=device)
+      with jax.sharding.use_abstract_mesh(mesh):
+        jax.jit(lambda x, c=columns: hadamard_quantize(x, 'int4', c)).trace(x)
+  assert [r.getMessage().removeprefix('hadamard_') for r in caplog.records] == [
+    'quantize: int8 and int4 copies are left to XLA on this platform',
+    'quantize: int4 and int8 copies (groups of 40 tokens: kernels take '
+    'multiples of 16) are left to XLA on hopper',
+    'quantize: int4 copies are left to XLA on several devices outside of '
+    'jax.shard_map',
+  ]

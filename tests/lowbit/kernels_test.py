@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from frugax import kernels, lowbit
+from frugax.kernels import chips
 from frugax.lowbit import matrices, multiply
 
 DIMS = {
@@ -122,3 +123,38 @@ def test_the_mesh_decides(devices, name, kind):
     assert 'pallas_call' not in text
   else:
     assert f'quantized_matmul_{kind}' in text
+
+
+@pytest.mark.parametrize(
+  ('device_kind', 'devices', 'where'),
+  [
+    (None, 0, 'this platform'),
+    ('TPU v4', 1, 'v4'),
+    ('NVIDIA H200', 2, 'several devices outside of jax.shard_map'),
+  ],
+)
+def test_products_left_to_xla_are_said_once(
+  device_kind, devices, where, caplog
+):
+  """Unless that is asked for."""
+  chips.say_so.cache_clear()
+  mesh = jax.sharding.get_abstract_mesh()
+  if device_kind:
+    platform = 'tpu' if device_kind.startswith('TPU') else 'gpu'
+    device = jax.sharding.AbstractDevice(
+      device_kind=device_kind, num_cores=1, platform=platform
+    )
+    mesh = jax.sharding.AbstractMesh((devices,), ('x',), abstract_device=device)
+  for arguments in (
+    {'implementation': 'xla'},
+    {'native': False},
+    {},
+    {'native': True},
+  ):
+    value, x, w = layer('int8', 'dense', **arguments)
+    with jax.sharding.use_abstract_mesh(mesh):
+      jax.jit(value).trace(x, w)
+    said = [r.getMessage() for r in caplog.records]
+    asked = 'implementation' in arguments or arguments.get('native') is False
+    message = f'lowbit: int8 products are left to XLA on {where}'
+    assert said == ([] if asked else [message]), arguments

@@ -10,7 +10,7 @@ from jax.extend import backend
 
 from frugax import names
 
-IMPLEMENTATIONS = ('mosaic', 'triton', 'mosaic_gpu', 'xla')
+KERNELS = ('mosaic', 'triton', 'mosaic_gpu')
 
 # What each chip multiplies faster, or in fewer bytes, than as bfloat16. 'mixed'
 # is bfloat16 times integers. v5e, v5p and v6e widen 8-bit floats to bfloat16;
@@ -103,20 +103,81 @@ def uncut() -> bool:
   return mesh.size == 1 or all(t == manual for t in mesh.axis_types)
 
 
+def takes(op: str, kind: str) -> bool:
+  """As `gains`; where no kernel does, it is said that XLA multiplies instead.
+
+  Args:
+    op: the operation's name, for the message.
+    kind: what it multiplies, as in `NATIVE`.
+  """
+  if gains(kind):
+    return True
+  say_so(op, kind, here(kind in NATIVE.get(current(), ())))
+  return False
+
+
+def asked(
+  op: str,
+  implementation: str | None,
+  interpret: bool,
+  kernels: tuple[str, ...] = KERNELS,
+) -> str | None:
+  """The implementation that is asked for, if it can be had here.
+
+  Args:
+    op: the operation's name, for messages.
+    implementation: as the caller gave it.
+    interpret: whether the kernel shall run as plain JAX.
+    kernels: what the operation has beside 'xla'; the first is interpreted if no
+      other is asked for.
+
+  Returns:
+    A name; None for the best there is.
+
+  Raises:
+    ValueError: an unknown implementation, or one that does not run here.
+
+  Examples:
+    >>> asked('encode', None, True, ('triton',))
+    'triton'
+    >>> asked('quantized_matmul', 'mosiac', False)
+    Traceback (most recent call last):
+    ...
+    ValueError: unknown implementation 'mosiac': did you mean 'mosaic'? ...
+  """
+  if implementation not in (None, *kernels, 'xla'):
+    raise names.unknown('implementation', implementation, (*kernels, 'xla'))
+  if interpret and implementation == 'xla':
+    raise ValueError(
+      "interpret=True with implementation='xla': only a kernel can be "
+      f'interpreted; give implementation={kernels[0]!r} or interpret=False'
+    )
+  if interpret:
+    return implementation or kernels[0]
+  if implementation not in (None, 'xla', *COMPILES.get(current(), ())):
+    raise ValueError(
+      f'{op}: implementation={implementation!r} needs '
+      f'{_NEEDS[implementation]}: give interpret=True to run it elsewhere, '
+      'or trace it under jax.set_mesh with the devices of a topology to '
+      'compile for one'
+    )
+  return implementation
+
+
 def choose(
   op: str, kind: str, implementation: str | None, interpret: bool
 ) -> str:
-  """Which implementation computes an operation.
+  """Which implementation computes products.
 
   Args:
-    op: its name, for messages.
+    op: the operation's name, for messages.
     kind: what it multiplies, as in `NATIVE`.
     implementation: what the caller asks for; None for the best there is.
     interpret: whether the kernel shall run as plain JAX, that of TPUs if no
       other is asked for.
 
   Returns:
-    A name in `IMPLEMENTATIONS`.
+    A name in `KERNELS`, or 'xla'.
 
   Raises:
     ValueError: an unknown implementation, or one that does not run here.
@@ -124,40 +185,18 @@ def choose(
   Examples:
     >>> choose('quantized_matmul', 'int8', 'triton', interpret=True)
     'triton'
-    >>> choose('quantized_matmul', 'int8', 'mosiac', interpret=False)
-    Traceback (most recent call last):
-    ...
-    ValueError: unknown implementation 'mosiac': did you mean 'mosaic'? ...
   """
-  if implementation not in (None, *IMPLEMENTATIONS):
-    raise names.unknown('implementation', implementation, IMPLEMENTATIONS)
-  if interpret and implementation == 'xla':
-    raise ValueError(
-      "interpret=True with implementation='xla': only a kernel can be "
-      "interpreted; give implementation='mosaic' or interpret=False"
-    )
   chip = current()
-  if interpret:
-    implementation = implementation or 'mosaic'
-    chip = 'tpu7x' if implementation == 'mosaic' else 'hopper'
+  implementation = asked(op, implementation, interpret)
   if implementation is None:
-    if gains(kind):
-      kernels = COMPILES[chip].items()
-      return next(name for name, kinds in kernels if kind in kinds)
-    where = chip or 'this platform'
-    if chip and kind in NATIVE[chip]:
-      where = 'several devices outside of jax.shard_map'
-    say_so(op, kind, where)
-    return 'xla'
+    if not takes(op, kind):
+      return 'xla'
+    kernels = COMPILES[chip].items()
+    return next(name for name, kinds in kernels if kind in kinds)
+  if interpret:
+    chip = 'tpu7x' if implementation == 'mosaic' else 'hopper'
   if implementation != 'xla':
-    kinds = COMPILES.get(chip, {}).get(implementation)
-    if kinds is None:
-      raise ValueError(
-        f'{op}: implementation={implementation!r} needs '
-        f'{_NEEDS[implementation]}: give interpret=True to run it elsewhere, '
-        'or trace it under jax.set_mesh with the devices of a topology to '
-        'compile for one'
-      )
+    kinds = COMPILES[chip][implementation]
     if kind not in kinds:
       raise ValueError(
         f'{op}: implementation={implementation!r} has no {kind} products for '
@@ -166,9 +205,20 @@ def choose(
   return implementation
 
 
+def here(kernel: bool) -> str:
+  """Where XLA computes in place of a kernel, in words.
+
+  Args:
+    kernel: whether the chip has one that is faster.
+  """
+  if kernel and not uncut():
+    return 'several devices outside of jax.shard_map'
+  return current() or 'this platform'
+
+
 @functools.cache
-def say_so(op: str, kind: str, where: str) -> None:
+def say_so(op: str, kind: str, where: str, what: str = 'products') -> None:
   """That XLA computes it, once for each of these arguments."""
   logging.getLogger('frugax').warning(
-    '%s: %s products are left to XLA on %s', op, kind, where
+    '%s: %s %s are left to XLA on %s', op, kind, what, where
   )

@@ -6,8 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from frugax.quant import Element
+from frugax.quant import ELEMENTS, Element
 
+# Those whose codes are numbers that a chip multiplies.
+FORMATS = tuple(
+  name
+  for name, e in ELEMENTS.items()
+  if e.dtype in ('int8', 'float8_e4m3fn', 'float8_e5m2')
+)
 # From 2^23 to 2^24 the float32 are the integers.
 _MIDDLE = np.float32(1.5 * 2**23)
 

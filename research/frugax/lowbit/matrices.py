@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from frugax.kernels import encode
+from frugax.kernels.codes import FORMATS
 from frugax.kernels.encode.api import gains as encode_gains
-from frugax.kernels.hadamard_quantize.options import FORMATS
 from frugax.lowbit.operands import Operand, Rotation
 from frugax.quant import elements, hadamard, quantize_tiles
 from frugax.quant.tiles import Tiled, dequantize_tiles, spread_steps, within

@@ -247,7 +247,7 @@ def _of_rounded(how, left, right):
     return rescaled(product(a, b))
 
   def narrow(a, b):
-    if how.implementation != 'xla' and chips.gains(how.kernel):
+    if how.implementation != 'xla' and chips.takes('lowbit', how.kernel):
       return _by_kernel(how, a, b, left_scale + right_scale)
     if how.codes == 'float8':
       return rescaled(product(a, b))

@@ -5,11 +5,9 @@ import jax.numpy as jnp
 
 from frugax import names
 from frugax.kernels import chips, counter
+from frugax.kernels.codes import FORMATS
 from frugax.kernels.encode import reference, triton
-from frugax.kernels.hadamard_quantize.options import FORMATS
 from frugax.quant import element
-
-_IMPLEMENTATIONS = ('triton', 'xla')
 
 
 def encode(
@@ -30,9 +28,9 @@ def encode(
   last bit, it may take the other one.
 
   `implementation=None` takes the kernel on Hopper (H100, H200), on one device
-  or within `jax.shard_map`, else XLA, which takes an H200 1.2 to 1.5 times as
-  long, and two to three times for transposes of 8-bit floats or with random
-  bits (`studies/bench_gpu.log`).
+  or within `jax.shard_map`, else XLA, which a warning of the logger 'frugax'
+  says once. XLA takes an H200 1.2 to 1.5 times as long, and two to three times
+  for transposes of 8-bit floats or with random bits (`studies/bench_gpu.log`).
 
   Args:
     x: (rows, columns), bfloat16 or float32.
@@ -80,7 +78,12 @@ def encode(
       f'{x.size} elements with a key: random bits repeat after 2^32; give '
       'parts, or see frugax.quant.quantize_tiles'
     )
-  which = _choose(implementation, interpret)
+  which = chips.asked('encode', implementation, interpret, ('triton',))
+  if which is None:
+    which = 'triton' if gains() else 'xla'
+    if which == 'xla':
+      where = chips.here(chips.current() == 'hopper')
+      chips.say_so('encode', format, where, 'codes')
   if which == 'xla':
     return reference.encode(x, steps, element(format), turned, key)
   words = None if key is None else jnp.stack(counter.words(key))
@@ -90,24 +93,3 @@ def encode(
 def gains() -> bool:
   """Whether the kernel runs here and is faster than XLA."""
   return chips.current() == 'hopper' and chips.uncut()
-
-
-def _choose(implementation, interpret):
-  if implementation not in (None, *_IMPLEMENTATIONS):
-    raise names.unknown('implementation', implementation, _IMPLEMENTATIONS)
-  if interpret:
-    if implementation == 'xla':
-      raise ValueError(
-        "interpret=True with implementation='xla': only a kernel can be "
-        "interpreted; give implementation='triton' or interpret=False"
-      )
-    return 'triton'
-  if implementation is None:
-    return 'triton' if gains() else 'xla'
-  if implementation == 'triton' and chips.current() != 'hopper':
-    raise ValueError(
-      "encode: implementation='triton' needs a GPU of the Hopper kind (H100, "
-      'H200): give interpret=True to run it elsewhere, or trace it under '
-      'jax.set_mesh with the devices of a topology to compile for one'
-    )
-  return implementation

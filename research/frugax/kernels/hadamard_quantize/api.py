@@ -5,12 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from frugax import names
 from frugax.kernels import chips, counter
 from frugax.kernels.hadamard_quantize import reference, steps, tpu, triton
 from frugax.kernels.hadamard_quantize.options import Copy, Rounded
-
-_IMPLEMENTATIONS = ('mosaic', 'triton', 'xla')
 
 
 def hadamard_quantize(
@@ -74,7 +71,8 @@ def hadamard_quantize(
     implementation: 'mosaic' (a TPU kernel), 'triton' (kernels for Hopper GPUs),
       'xla', or None for the kernel on TPUs, for those on Hopper (on one device
       or within `jax.shard_map`, and where groups are multiples of 16 tokens, or
-      of 128 with a rotation along them), and XLA elsewhere.
+      of 128 with a rotation along them), and XLA elsewhere, which a warning of
+      the logger 'frugax' says once.
     interpret: run the kernel as plain JAX, on any platform, that of TPUs if no
       other is asked for.
 
@@ -126,30 +124,20 @@ def hadamard_quantize(
 
 
 def _choose(implementation, interpret, tokens, rows, columns):
-  if implementation not in (None, *_IMPLEMENTATIONS):
-    raise names.unknown('implementation', implementation, _IMPLEMENTATIONS)
-  if interpret and implementation == 'xla':
-    raise ValueError(
-      "interpret=True with implementation='xla': only a kernel can be "
-      "interpreted; give implementation='mosaic' or interpret=False"
-    )
-  if interpret:
-    return implementation or 'mosaic'
-  chip = 'mosaic' if chips.tpu() else 'triton' if chips.current() else 'xla'
-  if implementation is None:
-    if chip == 'triton' and not (
-      chips.uncut() and triton.refusal(tokens, rows, columns) is None
-    ):
-      return 'xla'
-    return chip
-  if implementation not in ('xla', chip):
-    needs = 'a TPU' if implementation == 'mosaic' else 'a Hopper GPU'
-    raise ValueError(
-      f'hadamard_quantize: implementation={implementation!r} needs {needs}: '
-      'give interpret=True to run it elsewhere, or trace it under jax.set_mesh '
-      'with the devices of a topology to compile for one'
-    )
-  return implementation
+  op = 'hadamard_quantize'
+  found = chips.asked(op, implementation, interpret, ('mosaic', 'triton'))
+  if found is not None:
+    return found
+  if chips.tpu():
+    return 'mosaic'
+  hopper = chips.current() == 'hopper'
+  refusal = triton.refusal(tokens, rows, columns) if hopper else None
+  if hopper and chips.uncut() and not refusal:
+    return 'triton'
+  kind = ' and '.join(dict.fromkeys(c.format for c in (rows, columns) if c))
+  what = f'copies ({refusal})' if refusal else 'copies'
+  chips.say_so(op, kind, chips.here(hopper), what)
+  return 'xla'
 
 
 def _check(x, rows, copies, key, signs):

@@ -6,15 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from frugax import names
-from frugax.quant import ELEMENTS, Element, Scaling, element
+from frugax.kernels.codes import FORMATS
+from frugax.quant import Element, Scaling, element
 from frugax.quant import elements as quant_elements
 
-# Those whose codes are numbers that a chip multiplies.
-FORMATS = tuple(
-  name
-  for name, e in ELEMENTS.items()
-  if e.dtype in ('int8', 'float8_e4m3fn', 'float8_e5m2')
-)
 ALONG = ('features', 'tokens', 'none')
 MASKS = ('none', 'clip', 'trust')
 STATISTICS = ('absmax', 'rms', 'mean')
@@ -30,8 +25,8 @@ class Copy:
   features, of one by columns the tokens.
 
   Args:
-    format: a name in `FORMATS`: 'int2' to 'int8', 'ternary', 'rise1' to
-      'rise8', 'fp8_e4m3' or 'fp8_e5m2'.
+    format: a name in `frugax.kernels.codes.FORMATS`: 'int2' to 'int8',
+      'ternary', 'rise1' to 'rise8', 'fp8_e4m3' or 'fp8_e5m2'.
     along: which axis is rotated: 'features' (the last), 'tokens' (all others,
       as one) or 'none'.
     block: elements of a block of the rotation, a power of two up to 128. What

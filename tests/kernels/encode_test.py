@@ -1,5 +1,7 @@
 """Codes by the kernel against those of `quantize_tiles`."""
 
+import re
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -153,3 +155,10 @@ def test_xla_says_once_that_it_computes_the_codes(caplog):
   assert [r.getMessage() for r in caplog.records] == [
     'encode: int4 codes are left to XLA on this platform'
   ]
+
+
+def test_the_kernel_tells_what_it_reads_and_writes():
+  x, steps = jnp.ones((96, 640), jnp.bfloat16), jnp.ones((1, 1))
+  jaxpr = jax.make_jaxpr(lambda x: kernels.encode(x, steps, interpret=True))(x)
+  (cost,) = re.findall(r'bytes_accessed=(\d+)', str(jaxpr))
+  assert int(cost) == x.size * (2 + 1) + 4

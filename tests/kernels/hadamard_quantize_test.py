@@ -1,6 +1,7 @@
 """Rotated and rounded copies: the kernel, the reference, and float64."""
 
 import functools
+import re
 
 import hypothesis
 import jax
@@ -381,3 +382,16 @@ def test_xla_says_once_that_it_computes_the_copies(caplog):
     'quantize: int4 copies are left to XLA on several devices outside of '
     'jax.shard_map',
   ]
+
+
+def test_kernels_of_hopper_tell_what_they_compute():
+  """Of float32 a rotation is three products."""
+  for dtype, parts in (('bfloat16', 1), ('float32', 3)):
+    x = jnp.ones((128, 256), dtype)
+    jaxpr = jax.make_jaxpr(
+      lambda x: hadamard_quantize(
+        x, 'int8', 'int8', implementation='triton', interpret=True
+      )
+    )(x)
+    flops = re.findall(r'CostEstimate\(flops=(\d+)', str(jaxpr))
+    assert flops == [str(x.size * (2 * 128 * parts + 2 * 10))] * 2

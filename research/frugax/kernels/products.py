@@ -199,3 +199,19 @@ def cost(m: int, n: int, k: int, arrays, transcendentals: int = 0):
     transcendentals=transcendentals,
     bytes_accessed=sum(nbytes(x) for x in arrays),
   )
+
+
+def rounding_cost(size: int, copies: int, rotations: int, arrays):
+  """What a kernel tells XLA of rounding: some ten operations for each code.
+
+  Args:
+    size: elements that are rounded.
+    copies: into how many copies.
+    rotations: products with matrices of a tile.
+    arrays: that are read or written once.
+  """
+  return pl.CostEstimate(
+    flops=size * (2 * _TILE * rotations + 10 * copies),
+    transcendentals=0,
+    bytes_accessed=sum(nbytes(x) for x in arrays),
+  )

@@ -75,16 +75,18 @@ def encode(
   out = pl.BlockSpec((rows, columns), lambda i, j: (i, j))
   if turned:
     out = pl.BlockSpec((columns, rows), lambda i, j: (j, i))
+  codes = jax.ShapeDtypeStruct(
+    x.shape[::-1] if turned else x.shape,
+    element.dtype,
+    manual_axis_type=jax.typeof(x).manual_axis_type,
+  )
   return pl.pallas_call(
     functools.partial(_kernel, plan),
     grid=counts,
     in_specs=specs,
     out_specs=out,
-    out_shape=jax.ShapeDtypeStruct(
-      x.shape[::-1] if turned else x.shape,
-      element.dtype,
-      manual_axis_type=jax.typeof(x).manual_axis_type,
-    ),
+    out_shape=codes,
+    cost_estimate=products.rounding_cost(x.size, 1, 0, [*given, codes]),
     compiler_params=pltriton.CompilerParams(
       num_warps=plan.blocks.warps, num_stages=1
     ),
@@ -105,9 +107,7 @@ def _kernel(plan, x, inverse, *refs):
     if size % block:
       within = index < size
       inside = within if inside is None else inside & within
-  t = x[...]
-  if inside is not None:
-    t = pltriton.load(x, mask=inside, other=0.0)
+  t = x[...] if inside is None else pltriton.load(x, mask=inside, other=0.0)
   factor = inverse[...]
   factor = jnp.expand_dims(factor, 0 if plan.turned else 1)
   t = t.astype(jnp.float32) * factor

@@ -1,7 +1,6 @@
 """`hadamard_quantize` for TPUs, by Mosaic: the grid and its blocks."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -225,13 +224,8 @@ def _plan(x, rows, columns):
 
 
 def _cost(plan, x, arrays):
-  size = math.prod(x.shape)
-  read_again = plan.columns is not None and not plan.keep
-  passes = len([c for c in (plan.rows, plan.columns) if c])
-  rotations = passes if plan.rotations else 0
-  return pl.CostEstimate(
-    flops=size * (2 * TILE * rotations + 10 * passes),
-    transcendentals=0,
-    bytes_accessed=sum(products.nbytes(a) for a in arrays)
-    + (products.nbytes(x) if read_again else 0),
-  )
+  copies = len([c for c in (plan.rows, plan.columns) if c])
+  if plan.columns is not None and not plan.keep:
+    arrays = [*arrays, x]  # It is read again.
+  rotations = copies if plan.rotations else 0
+  return products.rounding_cost(x.size, copies, rotations, arrays)

@@ -54,16 +54,26 @@ class _Plan(NamedTuple):
 
   def call(self, kernel, given, specs, out, name):
     """A program a block; inputs and outputs are dicts of arrays."""
-    varying = jax.typeof(given['x']).manual_axis_type
+    x = given['x']
+    varying = jax.typeof(x).manual_axis_type
+    shapes = {
+      key: jax.ShapeDtypeStruct(*array, manual_axis_type=varying)
+      for key, (*array, _) in out.items()
+    }
+    rotations = {c.rotation for c in self.copies.values() if c.along != 'none'}
+    cost = products.rounding_cost(
+      x.size,
+      len(self.copies),
+      len(rotations) * _count(x.dtype),
+      [*given.values(), *shapes.values()],
+    )
     return pl.pallas_call(
       functools.partial(kernel, self),
       grid=self.counts,
       in_specs=[specs],
       out_specs={key: spec for key, (*_, spec) in out.items()},
-      out_shape={
-        key: jax.ShapeDtypeStruct(*array, manual_axis_type=varying)
-        for key, (*array, _) in out.items()
-      },
+      out_shape=shapes,
+      cost_estimate=cost,
       compiler_params=pltriton.CompilerParams(num_warps=_WARPS, num_stages=1),
       interpret=self.interpret,
       name=name,
@@ -266,8 +276,9 @@ def _inside(plan):
 def _rotations(plan, given):
   """A function from a copy to its rotated block, in float32, once for each."""
   inside = _inside(plan)
-  x = given['x'][...]
-  if inside is not None:
+  if inside is None:
+    x = given['x'][...]
+  else:
     x = pltriton.load(given['x'], mask=inside, other=0.0)
   found = {}
 
@@ -303,10 +314,15 @@ def _turned(plan, given, copy, x):
   return y * jnp.expand_dims(gains, 1 - axis)
 
 
+def _count(dtype):
+  """Numbers of bfloat16 whose sum is any number of a dtype."""
+  return 1 if dtype == jnp.bfloat16 else 3
+
+
 def _parts(x, dtype):
   """Arrays of bfloat16 whose sum is x, which matrix units multiply exactly."""
   parts = []
-  for _ in range(1 if dtype == jnp.bfloat16 else 3):
+  for _ in range(_count(dtype)):
     parts.append(x.astype(jnp.bfloat16))
     x = x - parts[-1].astype(jnp.float32)
   return parts

@@ -1,9 +1,9 @@
 """Block sizes of the kernels, for each chip: one table for all of them.
 
 Those of TPUs by static cycle counts for v5e, and of `quantize_matmul` for v6e
-(`make bench-kernels`); those of GPUs by what fits, of `quantized_matmul` of two
-of few bits and of `encode` by times on an H200, for matrices of 8192 x 8192
-(`studies/bench_gpu.log`).
+(`make bench-kernels`); those of GPUs by what fits, and of `quantized_matmul` of
+two of few bits by times on an H200, for matrices of 8192 x 8192
+(`studies/bench_gpu.log`, which compares none of `encode` or of the loss).
 """
 
 from typing import NamedTuple
@@ -33,7 +33,7 @@ _MATMUL = {
 }
 
 
-def matmul(chip: str | None, kind: str, layout: str) -> Blocks:
+def matmul(chip: str | None, kind: str) -> Blocks:
   """Of `quantized_matmul`; for no chip those of v5e."""
   found = _MATMUL[kind]
   if chip == 'tpu7x' and kind == 'int8':
@@ -151,7 +151,8 @@ class GpuBlocks(NamedTuple):
     rows: of the result, a power of two.
     columns: likewise.
     contracted: likewise, for one step along K.
-    warps: of 32 threads, that compute a block of the result.
+    warps: of 32 threads, that compute a block of the result; by Mosaic GPU in
+      groups of four, which share its rows, and one group more copies.
     stages: steps whose operands are in shared memory or on their way.
     group: blocks of rows whose programs run next to each other, so that they
       read the same columns from the cache.

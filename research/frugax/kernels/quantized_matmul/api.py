@@ -113,7 +113,7 @@ def quantized_matmul(
     return reference.quantized_matmul(a, b, rows, columns, layout, dtype)
   if which == 'mosaic':
     kernel = tpu.quantized_matmul
-    blocks = tables.matmul(chips.current(), kind, layout)
+    blocks = tables.matmul(chips.current(), kind)
   else:
     kernel = _gpu_kernel(which)
     blocks = tables.gpu_matmul(which, kind)

@@ -14,7 +14,7 @@ from frugax.kernels import products
 from frugax.kernels.quantized_matmul.reference import rescaled
 
 _SWIZZLE = 128  # bytes, as the matrix unit reads shared memory
-_GROUPS = 2  # of four warps that compute; one more copies
+_GROUP = 4  # warps that issue instructions together
 _REGISTERS = 40  # of a thread that copies; the others have the rest
 # Of an H100 or H200 with SXM. Where there are fewer, some programs wait.
 _PROCESSORS = 132
@@ -35,12 +35,13 @@ def quantized_matmul(
 
   A program for each processor goes over blocks of the result. One group of
   warps copies blocks of both operands into shared memory, and goes on with the
-  next block of the result while that before is written; two groups multiply,
-  each half the rows of a block. Either group ends its product before it says
-  that the operands of a step may be written over, the last of a block, too:
-  while one waits the other multiplies. Integers are summed in the matrix unit.
-  Of a sum of 8-bit floats it keeps about 14 bits, so that the part of each step
-  (`blocks.contracted` of K) is added to the others in float32.
+  next block of the result while that before is written; the others (two, by
+  `frugax.kernels.blocks`) multiply, each some rows of a block. A group ends its
+  product before it says that the operands of a step may be written over, the
+  last of a block, too: while it waits the others multiply. Integers are summed
+  in the matrix unit. Of a sum of 8-bit floats it keeps about 14 bits, so that
+  the part of each step (`blocks.contracted` of K) is added to the others in
+  float32.
 
   The matrix unit takes 8-bit numbers only with the contracted axis last in
   memory: XLA transposes the others before, or where it computes them. It also
@@ -103,7 +104,7 @@ def quantized_matmul(
     out_type=jax.ShapeDtypeStruct(size, dtype),
     grid=(min(_PROCESSORS, counts[0] * counts[1]),),
     grid_names=('processor',),
-    num_threads=_GROUPS + 1,
+    num_threads=blocks.warps // _GROUP + 1,
     thread_name='group',
     compiler_params=plgpu.CompilerParams(
       lowering_semantics=plgpu.LoweringSemantics.Warpgroup
@@ -141,9 +142,10 @@ def _kernel(kind, blocks, counts, row_ends, store, interpret, a, b, *refs):
   *ends, out = refs
   ends = ends[:row_ends], ends[row_ends:]
   bm, bn, bk = blocks[:3]
-  half, dtype = bm // _GROUPS, products.sum_dtype(kind)
+  groups = blocks.warps // _GROUP
+  height, dtype = bm // groups, products.sum_dtype(kind)
   group = lax.axis_index('group')
-  mine = pl.ds(group * half, half)
+  mine = pl.ds(group * height, height)
 
   def pipeline(step, compute):
     return plgpu.emit_pipeline_warp_specialized(
@@ -156,7 +158,7 @@ def _kernel(kind, blocks, counts, row_ends, store, interpret, a, b, *refs):
       ],
       max_concurrent_steps=blocks.stages,
       wg_axis='group',
-      num_compute_wgs=_GROUPS,
+      num_compute_wgs=groups,
       compute_context=compute,
     )
 
@@ -183,10 +185,10 @@ def _kernel(kind, blocks, counts, row_ends, store, interpret, a, b, *refs):
       multiply(a, b, sums)
       return sums[...]
 
-    return sums + pl.run_scoped(part, plgpu.ACC((half, bn), dtype))
+    return sums + pl.run_scoped(part, plgpu.ACC((height, bn), dtype))
 
   def block(i, j, parts, allocations):
-    rows, columns = pl.ds(i * bm + group * half, half), pl.ds(j * bn, bn)
+    rows, columns = pl.ds(i * bm + group * height, height), pl.ds(j * bn, bn)
 
     def finish(y):
       scales, terms = [], []
@@ -205,13 +207,13 @@ def _kernel(kind, blocks, counts, row_ends, store, interpret, a, b, *refs):
 
     def compute(steps):
       if kind != 'int8':
-        return finish(steps(jnp.zeros((half, bn), dtype)))
+        return finish(steps(jnp.zeros((height, bn), dtype)))
 
       def scope(sums):
         steps(sums)
         finish(sums[...])
 
-      return pl.run_scoped(scope, plgpu.ACC((half, bn), dtype))
+      return pl.run_scoped(scope, plgpu.ACC((height, bn), dtype))
 
     pipeline(whole if kind == 'int8' else in_parts, compute)(
       a.at[pl.ds(i * bm, bm)],
@@ -231,7 +233,7 @@ def _kernel(kind, blocks, counts, row_ends, store, interpret, a, b, *refs):
   pl.run_scoped(
     blocks_of_a_processor,
     parts=plgpu.SMEM(
-      (_GROUPS, _SLOTS, half, width),
+      (groups, _SLOTS, height, width),
       out.dtype,
       transforms=_transforms(*store),
     ),

@@ -125,8 +125,14 @@ def test_rotated_copies():
   )
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a.scales, b.scales, rtol=1e-5)
+    assert (a.mask is None, a.sums is None) == (b.mask is None, b.sums is None)
+    assert (np.asarray(a.trusted()) != np.asarray(b.trusted())).mean() < 1e-3
     a, b = (np.asarray(v.numbers()) for v in (a, b))
     assert (a != b).mean() < 1e-3 and (np.abs(a - b) <= 1).all()
+  copy = got[0]
+  assert not np.asarray(copy.trusted()).all()
+  codes = np.asarray(copy.codes, 'i4')
+  np.testing.assert_array_equal(copy.sums, codes.sum(1, keepdims=True))
 
 
 @pytest.mark.parametrize('shape', [(200, 5003, 333), (512, 1024, 512)], ids=str)

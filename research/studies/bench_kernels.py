@@ -8,10 +8,12 @@ and never measured times, as ratios to a plain bfloat16 Pallas product of the
 same shape with the best of a few tiles. Operands are 4096 x 4096, or the right
 one 4096 x 16384. x arrives in bfloat16, its rounding and rotation count, and
 its codes, scales and sums are written out; the other operand is codes already,
-of known scales and sums. A layer is three products: forward 'NN', the input's
-gradient 'NT' and the weights' 'TN', each rounding the bfloat16 array that
-arrives, the last with the activations' codes of the first and their scales
-folded into it. Each count is a process of its own, of up to some minutes.
+of known scales and sums. A layer is the sum of three kernels: forward 'NN', the
+input's gradient 'NT' and the weights' 'TN', each rounding the bfloat16 array
+that arrives, the last with the activations' codes of the first and their scales
+folded into it. It is not the layer as trained, which has what XLA computes
+beside them (`tpu_linear.py`). Each count is a process of its own, of up to some
+minutes.
 """
 
 import argparse

@@ -10,6 +10,7 @@ from frugax import optim
 from frugax.optim.separate import NotSeparable, Separate
 
 _PARTS = {'head': ('head',), 'layers': ('layers',)}
+_ALONE = {'layers': ('layers',)}
 
 
 def _tree(seed=0):
@@ -48,6 +49,130 @@ def _axes(params):
 def test_what_needs_all_layers_at_once_is_refused(tx, message):
   with pytest.raises(NotSeparable, match=message):
     Separate(tx, _tree(), _PARTS)
+
+
+def _of_each(function):
+  """A transformation that applies a function to each leaf."""
+
+  def update(updates, state, params=None):
+    del params
+    return jax.tree.map(function, updates), state
+
+  return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def _rows(g):
+  return g.reshape(len(g), -1)
+
+
+def _by_row(g):
+  """One layer after the other."""
+  return jax.lax.map(lambda x: x / jnp.linalg.norm(x), g)
+
+
+def _running(g):
+  def add(total, x):
+    return total + x, total + x
+
+  return jax.lax.scan(add, jnp.zeros_like(g[0]), g)[1]
+
+
+def _largest(g):
+  return jnp.where(g >= jax.lax.top_k(g.ravel(), 3)[0][-1], g, 0.0)
+
+
+def _first_rows(g):
+  def add(i, x):
+    return x + jax.lax.dynamic_index_in_dim(g, i, keepdims=False)
+
+  return g - jax.lax.fori_loop(0, len(g), add, jnp.zeros_like(g[0]))
+
+
+@pytest.mark.parametrize(
+  'function',
+  [
+    lambda g: g / jnp.median(jnp.abs(g)),
+    lambda g: jnp.clip(g, *jnp.percentile(g, jnp.array([5.0, 95.0]))),
+    _largest,
+    lambda g: g / jnp.sqrt(jnp.vdot(g, g)),
+    lambda g: g / jnp.sum(jnp.square(g.ravel())),
+    lambda g: g / jnp.linalg.norm(_rows(g), 2),
+    lambda g: jnp.where(jnp.any(jnp.isnan(g)), 0.0, g),
+    lambda g: jnp.cumsum(g, 0),
+    lambda g: g + jnp.argmax(g, 0),
+    lambda g: jnp.roll(g, 1, 0),
+    lambda g: g[::-1],
+    lambda g: g - g[:1],
+    lambda g: jnp.sort(g, 0),
+    lambda g: jnp.einsum('abc,dbc->adc', g, g).sum(1, keepdims=True) * g,
+    _running,
+    _first_rows,
+    lambda g: jax.lax.cond(g.sum() > 0, jnp.negative, jnp.positive, g),
+  ],
+)
+def test_a_function_of_several_layers_is_refused(function):
+  tree = {'layers': {'w': jnp.ones((3, 4, 6))}}
+  with pytest.raises(NotSeparable, match=r'layers/w (sums|takes)'):
+    Separate(_of_each(function), tree, _ALONE)
+
+
+@pytest.mark.parametrize(
+  'function',
+  [
+    lambda g: g / g.shape[0],
+    lambda g: g / g.size,
+    lambda g: g * 0.9 ** jnp.arange(len(g)).reshape(-1, *[1] * (g.ndim - 1)),
+  ],
+)
+def test_what_knows_how_many_layers_there_are_is_refused(function):
+  """As rates that fall from layer to layer do: one layer has no number."""
+  with pytest.raises(NotSeparable, match='how many layers'):
+    Separate(_of_each(function), {'layers': {'w': jnp.ones((3, 4, 6))}}, _ALONE)
+
+
+@pytest.mark.parametrize(
+  'function',
+  [
+    _by_row,
+    jax.vmap(lambda x: x / jnp.median(jnp.abs(x))),
+    jax.vmap(lambda x: x * jnp.linalg.svd(x, compute_uv=False)[0]),
+    jax.vmap(lambda x: jnp.linalg.qr(x @ x.T)[0] @ x),
+    jax.vmap(lambda x: jax.lax.fori_loop(0, 3, lambda _, y: x @ y.T @ y, x)),
+    jax.vmap(
+      lambda x: jax.lax.cond(x.sum() > 0, jnp.negative, jnp.positive, x)
+    ),
+    jax.vmap(lambda x: x[jnp.argsort(x[:, 0])]),
+    jax.vmap(lambda x: jax.lax.scan(lambda c, y: (c + y, c), x[0], x)[1]),
+    lambda g: (_rows(g) / _rows(g).max(1, keepdims=True)).reshape(g.shape),
+    lambda g: jnp.pad(g, ((0, 0), (1, 1), (0, 0)), mode='edge')[:, 1:-1] / 2,
+    lambda g: jnp.cumsum(jnp.sort(g, -1)[..., ::-1], 1),
+    lambda g: jnp.take_along_axis(g, jnp.argmax(g, 1, keepdims=True), 1) - g,
+    lambda g: (
+      jnp.moveaxis(jnp.stack([g, -g]), 0, 1)
+      .reshape(-1, 6)[::1]
+      .reshape(len(g), 2, 4, 6)
+      .sum(1)
+    ),
+  ],
+)
+def test_a_function_of_each_layer_is_accepted_and_applied(function):
+  draw = np.random.default_rng(1)
+  tree = {'layers': {'w': jnp.asarray(draw.normal(size=(3, 4, 6)))}}
+  separate = Separate(_of_each(function), tree, _ALONE)
+  want = function(tree['layers']['w'])
+  for i in range(3):
+    layer = jax.tree.map(lambda x, i=i: x[i : i + 1], tree)
+    got, _ = separate.update('layers', layer, {}, layer)
+    np.testing.assert_allclose(
+      got['layers']['w'][0], want[i], rtol=1e-5, atol=1e-6
+    )
+
+
+def test_norms_that_muon_takes_for_one_matrix_are_refused():
+  """Optax's Muon orthogonalizes all leaves of two axes, those too."""
+  tree = _tree()
+  with pytest.raises(NotSeparable, match='layers'):
+    Separate(optax.contrib.muon(0.1), tree, _PARTS)
 
 
 def _noise(draw):

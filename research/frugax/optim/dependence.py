@@ -1,14 +1,15 @@
-"""Which inputs of a traced function its outputs depend on; what it draws."""
+"""What a traced function's outputs depend on, and what it draws at random."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
+import numpy as np
 
-from frugax.optim.leafwise import ELEMENTWISE
+from frugax.optim import stacks
+from frugax.optim.declared import by_layer, only_saves_work
 
-_REDUCING = ('reduce_sum', 'reduce_max', 'reduce_min', 'reduce_prod')
 _CALLS = ('jit', 'closed_call', 'custom_jvp_call', 'custom_vjp_call', 'remat2')
 # Those of random numbers, or of keys, from one key.
 _DRAWS = ('random_bits', 'random_split', 'rng_bit_generator')
@@ -19,26 +20,21 @@ class Facts(NamedTuple):
 
   Attributes:
     needs: a bit for each input that it depends on.
-    mixes: a bit for each input over whose layers it sums, or the like.
-    axis: along which of its axes the layers lie, if that is known.
+    mixes: a bit for each stack of which it takes layers together, or may.
+    axis: along which of its axes the layers lie, if it depends on a stack and
+      on none whose layers were mixed; see `stacks`.
+    by: what mixed them first.
   """
 
   needs: int = 0
   mixes: int = 0
   axis: int | None = None
+  by: str = ''
 
-  def __or__(self, other):
-    return Facts(self.needs | other.needs, self.mixes | other.mixes)
-
-
-@jax.jit
-def only_saves_work(predicate: jax.Array) -> jax.Array:
-  """A predicate on which no result depends, as it is.
-
-  What is done where it is true leaves unchanged whatever need not be done: it
-  may look at all leaves without making one depend on the others.
-  """
-  return predicate
+  def mixed(self, by: str) -> 'Facts':
+    """What is known once layers are mixed."""
+    lost = self.needs if self.axis is not None else 0
+    return Facts(self.needs, self.mixes | lost, None, self.by or by)
 
 
 def trace(
@@ -70,27 +66,78 @@ def draws(jaxpr: jex.Jaxpr) -> list[tuple[int, ...]]:
   for eqn in jaxpr.eqns:
     if eqn.primitive.name in _DRAWS:
       found.append(tuple(eqn.params['shape']))
-    for inner in jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr):
-      if _is_jaxpr(inner):
-        found += draws(getattr(inner, 'jaxpr', inner))
+    for inner in _jaxprs(eqn.params):
+      found += draws(inner)
   return found
+
+
+def difference(one: jex.Jaxpr, other: jex.Jaxpr) -> str | None:
+  """What two traces of a function, of other shapes, compute otherwise.
+
+  Args:
+    one: of `trace`.
+    other: likewise.
+
+  Returns:
+    The name of an operation, or None.
+
+  Examples:
+    >>> x, y = (jax.ShapeDtypeStruct((n, 2), 'float32') for n in (3, 4))
+    >>> def compare(function):
+    ...   return difference(trace(function, [x]), trace(function, [y]))
+    >>> compare(lambda x: [2 * x.sum(0)]), compare(lambda x: [x / x.size])
+    (None, 'div')
+  """
+  if len(one.eqns) != len(other.eqns):
+    return 'a loop in Python'
+  for own, others in zip(one.eqns, other.eqns, strict=True):
+    name, params = own.primitive.name, own.params
+    if own.primitive is not others.primitive or _differ(own, others):
+      return name
+    if params.get('name') == by_layer.__name__:
+      continue
+    inner = zip(_jaxprs(params), _jaxprs(others.params), strict=True)
+    found = next(filter(None, (difference(*pair) for pair in inner)), None)
+    if found:
+      return found
+  return None
+
+
+def _differ(own, others):
+  """Whether two equations of a kind have other numbers in them."""
+  if own.primitive.name == 'iota':
+    along = own.params['dimension']
+    return own.params['shape'][along] != others.params['shape'][along]
+  return any(
+    isinstance(x, jex.Literal)
+    and isinstance(y, jex.Literal)
+    and not np.array_equal(x.val, y.val, equal_nan=x.val != x.val)
+    for x, y in zip(own.invars, others.invars, strict=True)
+  )
+
+
+def _jaxprs(params):
+  leaves = jax.tree.leaves(params, is_leaf=_is_jaxpr)
+  return [getattr(x, 'jaxpr', x) for x in leaves if _is_jaxpr(x)]
 
 
 def _is_jaxpr(x):
   return isinstance(x, jex.Jaxpr | jex.ClosedJaxpr)
 
 
-def find(jaxpr: jex.Jaxpr, axes: Sequence[int | None]) -> list[Facts]:
+def find(
+  jaxpr: jex.Jaxpr, axes: Sequence[int | None], layers: int
+) -> list[Facts]:
   """The inputs that outputs depend on, by data and not by name.
 
-  Branches, loops and jitted functions are looked into. That a sum goes over the
-  layers of a stack is found where the axis of the layers can be followed:
-  through elementwise operations, reshapes, transpositions, products and
-  reductions. A dependence that is found may be one by zeros; none is missed.
+  Branches, loops and jitted functions are looked into. A dependence that is
+  found may be one by zeros, and layers that are said to be mixed may be those
+  of an operation that `stacks` does not know; none is missed.
 
   Args:
     jaxpr: of `trace`.
     axes: for each input the axis of its layers, or None.
+    layers: how many there are.
 
   Returns:
     Facts of each output.
@@ -98,7 +145,7 @@ def find(jaxpr: jex.Jaxpr, axes: Sequence[int | None]) -> list[Facts]:
   Examples:
     >>> x = jax.ShapeDtypeStruct((3, 2), 'float32')
     >>> jaxpr = trace(lambda a, b: [a + 1, a * b.sum(), a], [x, x])
-    >>> found = find(jaxpr, [0, 0])
+    >>> found = find(jaxpr, [0, 0], layers=3)
     >>> [bin(f.needs) for f in found], [bin(f.mixes) for f in found]
     (['0b1', '0b11', '0b1'], ['0b0', '0b10', '0b0'])
 
@@ -107,67 +154,120 @@ def find(jaxpr: jex.Jaxpr, axes: Sequence[int | None]) -> list[Facts]:
     >>> def skip(a, b):
     ...   due = only_saves_work((b > 0).any())
     ...   return [jax.lax.cond(due, lambda a: 1 * a, lambda a: a, a)]
-    >>> bin(find(trace(skip, [x, x]), [0, 0])[0].needs)
+    >>> bin(find(trace(skip, [x, x]), [0, 0], layers=3)[0].needs)
     '0b1'
   """
+  # A single layer is mixed with nothing.
+  axes = axes if layers > 1 else [None] * len(axes)
   facts = [Facts(1 << i, 0, axis) for i, axis in enumerate(axes)]
-  return _walk(jaxpr, facts)
+  held = sum(1 << i for i, axis in enumerate(axes) if axis is not None)
+  return _Walk(layers, held).through(jaxpr, facts)
 
 
-def _walk(jaxpr, inputs) -> list[Facts]:
-  known: dict[Any, Facts] = dict(zip(jaxpr.invars, inputs, strict=True))
+class _Walk:
+  """Follows facts through a jaxpr."""
 
-  def read(atom):
-    return (
-      Facts() if isinstance(atom, jex.Literal) else known.get(atom, Facts())
-    )
+  def __init__(self, layers, held):
+    self._layers, self._stacks = layers, held
 
-  for eqn in jaxpr.eqns:
-    operands = [read(atom) for atom in eqn.invars]
-    known.update(zip(eqn.outvars, _equation(eqn, operands), strict=True))
-  return [read(atom) for atom in jaxpr.outvars]
+  def through(self, jaxpr, inputs) -> list[Facts]:
+    known: dict[Any, Facts] = dict(zip(jaxpr.invars, inputs, strict=True))
 
+    def read(atom):
+      return (
+        Facts() if isinstance(atom, jex.Literal) else known.get(atom, Facts())
+      )
 
-def _equation(eqn, operands):
-  name, params = eqn.primitive.name, eqn.params
-  if name == 'cond':
-    index, *operands = operands
-    found = [_walk(b.jaxpr, operands) for b in params['branches']]
+    for eqn in jaxpr.eqns:
+      operands = [read(atom) for atom in eqn.invars]
+      known.update(zip(eqn.outvars, self._equation(eqn, operands), strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+  def _equation(self, eqn, operands):
+    name, params = eqn.primitive.name, eqn.params
+    if name == 'cond':
+      index, *operands = operands
+      branches = [self.through(b.jaxpr, operands) for b in params['branches']]
+      return [_any([index, *xs], name) for xs in zip(*branches, strict=True)]
+    if name == 'while':
+      return self._while(params, operands)
+    if name == 'scan':
+      return self._scan(params, operands)
+    if name == 'optimization_barrier':
+      return operands
+    if params.get('name') == only_saves_work.__name__:
+      return [Facts()]
+    inner = _inner(params) if name in _CALLS else None
+    if inner is None or len(inner.invars) != len(operands):
+      return [self._simple(eqn, operands)] * len(eqn.outvars)
+    if params.get('name') != by_layer.__name__:
+      return self.through(inner, operands)
+    whole = _any(operands, name)
+    # Which depends on which is looked up; where the layers are is declared.
+    found = self.through(inner, [x._replace(axis=None) for x in operands])
     return [
-      _any([index._replace(axis=None), *xs]) for xs in zip(*found, strict=True)
+      whole._replace(needs=x.needs) if x.needs & self._stacks else x
+      for x in found
     ]
-  if name == 'while':
+
+  def _while(self, params, operands):
     n, m = params['cond_nconsts'], params['body_nconsts']
     tests, consts, carry = operands[:n], operands[n : n + m], operands[n + m :]
 
     def once(carry):
-      (test,) = _walk(params['cond_jaxpr'].jaxpr, [*tests, *carry])
-      return [
-        test | x for x in _walk(params['body_jaxpr'].jaxpr, consts + carry)
-      ]
+      (test,) = self.through(params['cond_jaxpr'].jaxpr, [*tests, *carry])
+      new = self.through(params['body_jaxpr'].jaxpr, consts + carry)
+      return [_any([test, x], 'while') for x in new]
 
     return _settle(once, carry)
-  if name == 'scan':
+
+  def _scan(self, params, operands):
     n, m = _counts(params)
-    consts, carry = operands[:n], operands[n : n + m]
-    # Of what is walked along one axis less is known than of the whole.
-    rows = [x._replace(axis=None) for x in operands[n + m :]]
-    body = params['jaxpr'].jaxpr
+    consts, carry, xs = operands[:n], operands[n : n + m], operands[n + m :]
+    row = min([stacks.ROW + 1, *(x.axis for x in operands if _held(x))]) - 1
+
+    def of_row(x):
+      if not _held(x) or x.axis < 0:
+        return x
+      return x._replace(axis=x.axis - 1 if x.axis else row)
+
+    def of_rows(x):
+      if not _held(x) or (x.axis < 0 and x.axis != row):
+        return x
+      return x._replace(axis=0 if x.axis == row else x.axis + 1)
+
+    def body(carry):
+      return self.through(
+        params['jaxpr'].jaxpr, [*consts, *carry, *map(of_row, xs)]
+      )
 
     def once(carry):
-      return _walk(body, [*consts, *carry, *rows])[:m]
+      # What is carried from row to row mixes them.
+      return [x.mixed('scan') if x.axis == row else x for x in body(carry)[:m]]
 
     carry = _settle(once, carry)
-    outputs = _walk(body, [*consts, *carry, *rows])[m:]
-    return carry + [x._replace(axis=None) for x in outputs]
-  if name == 'optimization_barrier':
-    return operands
-  if params.get('name') == only_saves_work.__name__:
-    return [Facts()]
-  inner = _inner(params) if name in _CALLS else None
-  if inner is not None and len(inner.invars) == len(operands):
-    return _walk(inner, operands)
-  return [_simple(eqn, operands)] * len(eqn.outvars)
+    return carry + [of_rows(x) for x in body(carry)[m:]]
+
+  def _simple(self, eqn, operands):
+    name = eqn.primitive.name
+    # Of nothing there is nothing to depend on.
+    operands = [
+      Facts() if 0 in atom.aval.shape else x
+      for atom, x in zip(eqn.invars, operands, strict=True)
+    ]
+    axes = [x.axis for x in operands]
+    if not any(_held(x) for x in operands):
+      return _any(operands, name)
+    axis = stacks.after(eqn, axes, self._layers)
+    if axis is None:
+      return _any([x.mixed(name) for x in operands], name)
+    return _any(
+      [x._replace(axis=axis if _held(x) else None) for x in operands], name
+    )
+
+
+def _held(x):
+  return x.axis is not None
 
 
 def _counts(params):
@@ -189,63 +289,23 @@ def _settle(once, carry):
   """What is known of a loop's carry after any number of rounds."""
   while True:
     new = [
-      (a | b)._replace(axis=a.axis if a.axis == b.axis else None)
-      for a, b in zip(carry, once(carry), strict=True)
+      _any([a, b], 'loop') for a, b in zip(carry, once(carry), strict=True)
     ]
     if new == carry:
       return carry
     carry = new
 
 
-def _any(facts):
-  """Of a value that depends on several; the axis is that of those with one."""
-  axes = {x.axis for x in facts if x.axis is not None}
-  total = Facts()
+def _any(facts, by):
+  """Of a value that depends on several."""
+  axes = {x.axis for x in facts if _held(x)}
+  by = next((x.by for x in facts if x.mixes), by)
+  if len(axes) > 1:
+    facts = [x.mixed(by) for x in facts]
+  needs = mixes = 0
   for x in facts:
-    total = total | x
-  return total._replace(axis=axes.pop() if len(axes) == 1 else None)
-
-
-def _simple(eqn, operands):
-  name, params = eqn.primitive.name, eqn.params
-  total = _any(operands)
-  shapes = [atom.aval.shape for atom in eqn.invars]
-  out = eqn.outvars[0].aval
-  axis = total.axis
-  if axis is None or name in ELEMENTWISE:
-    return total
-  if name in _REDUCING:
-    if axis in params['axes']:
-      mixes = total.mixes
-      for x, shape in zip(operands, shapes, strict=True):
-        # A single layer is summed with nothing.
-        mixes |= x.needs if x.axis is not None and shape[x.axis] > 1 else 0
-      return Facts(total.needs, mixes)
-    return total._replace(axis=axis - sum(a < axis for a in params['axes']))
-  if name == 'broadcast_in_dim':
-    return total._replace(axis=params['broadcast_dimensions'][axis])
-  if name == 'transpose':
-    return total._replace(axis=params['permutation'].index(axis))
-  if name == 'squeeze':
-    gone = [d % len(shapes[0]) for d in params['dimensions']]
-    left = None if axis in gone else axis - sum(d < axis for d in gone)
-    return total._replace(axis=left)
-  if name == 'reshape':
-    shape = shapes[0]
-    same = shape[: axis + 1] == out.shape[: axis + 1]
-    return total._replace(axis=axis if same else None)
-  if name == 'dot_general':
-    return total._replace(
-      axis=None, mixes=total.mixes | _contracted(params, operands)
-    )
-  return total._replace(axis=None)
-
-
-def _contracted(params, operands):
-  """The inputs over whose layers a product sums."""
-  contracting, _ = params['dimension_numbers']
-  mixes = 0
-  for x, dimensions in zip(operands, contracting, strict=True):
-    if x.axis in dimensions:
-      mixes |= x.needs
-  return mixes
+    needs |= x.needs
+    mixes |= x.mixes
+  if mixes:  # It is refused, wherever else its layers are.
+    return Facts(needs, mixes, by=by)
+  return Facts(needs, 0, *axes)

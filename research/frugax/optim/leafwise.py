@@ -13,6 +13,8 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
+from frugax.optim.declared import by_layer
+
 # Each element of the result comes from the same element of the operands.
 ELEMENTWISE = frozenset(
   getattr(jax.lax, f'{name}_p').name
@@ -150,7 +152,8 @@ class Program:
 
     for eqn in jaxpr.eqns:
       operands = tuple(map(read, eqn.invars))
-      if eqn.primitive.name == 'jit':
+      name = eqn.params.get('name')
+      if eqn.primitive.name == 'jit' and name != by_layer.__name__:
         outputs = self._inline(eqn.params['jaxpr'], operands)
       elif eqn.primitive.name == 'cond':
         outputs = self._cond(eqn, operands)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from frugax.optim import correlation, linalg
 from frugax.optim.adam import wide
+from frugax.optim.declared import by_layer
 from frugax.optim.linalg import unit
 from frugax.optim.projection import (
   Projector,
@@ -76,7 +77,8 @@ def sketch_with(power_steps: int = 1) -> ProjectorFn:
     m = g.shape[-2]
     # One draw for all matrices of a stack: a layer alone gets the same one.
     fresh = jax.random.normal(key, (m, rank), g.dtype) / jnp.sqrt(m)
-    p = old + jnp.where(jnp.any(old != 0), _EXPLORE, 1.0) * fresh
+    later = jnp.any(old != 0, axis=(-2, -1), keepdims=True)
+    p = old + jnp.where(later, _EXPLORE, 1.0) * fresh
     return linalg.orthogonal_iteration(g, p, power_steps)
 
   return from_basis(find, orthonormal=True)
@@ -199,7 +201,9 @@ def _coordinates(init, choose, load) -> ProjectorFn:
     def put(r, state):
       zeros = jnp.zeros((*batch, m, n), r.dtype)
       at = jnp.broadcast_to(indices(state), r.shape)
-      return jnp.put_along_axis(zeros, at, r, axis, inplace=False)
+      return by_layer(
+        lambda at, r: jnp.put_along_axis(zeros, at, r, axis, inplace=False)
+      )(at, r)
 
     def basis(state):
       picked = jnp.broadcast_to(load(state, size, rank), (*batch, rank))

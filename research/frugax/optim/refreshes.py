@@ -18,7 +18,7 @@ import numpy as np
 
 from frugax import names
 from frugax.optim import moments as moments_lib
-from frugax.optim.dependence import only_saves_work
+from frugax.optim.declared import by_layer, only_saves_work
 from frugax.optim.leaves import Leaf
 from frugax.optim.projection import Context
 
@@ -395,7 +395,9 @@ def _refresh_leaf(plan, groups, leaf, clock, key, inputs, old):
     return projector, moments, memory
 
   if not schedule.together:
-    return one_by_one(inputs, old)
+    return by_layer(one_by_one)(inputs, old)
   # CPUs are faster on all layers at once; elsewhere that would gather a stack
   # of factors.
-  return jax.lax.platform_dependent(inputs, old, cpu=whole, default=one_by_one)
+  return jax.lax.platform_dependent(
+    inputs, old, cpu=whole, default=by_layer(one_by_one)
+  )

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from frugax import names
+from frugax.optim import declared
 from frugax.optim.adam import wide
 from frugax.optim.axes import path_name
 from frugax.optim.leaves import Leaf
@@ -352,7 +353,7 @@ def finish(
   if not leaf.stacked or not _by_layer(residual, sources.grad, memory):
     return whole(sources, memory)
   return jax.lax.platform_dependent(
-    sources, memory, cpu=whole, default=one_by_one
+    sources, memory, cpu=whole, default=declared.by_layer(one_by_one)
   )
 
 

@@ -8,12 +8,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from frugax.optim import dependence
+from frugax.optim import dependence, stacks
 from frugax.optim.axes import path_name
 from frugax.optim.counts import add_count
 
 STACK = 'layers'
 _COMMON = 'what layers have in common'  # a key, say; none of them is its source
+
+
+def _together(by):
+  """What an operation does to layers, in words."""
+  if by in (*stacks.REDUCING, 'dot_general'):
+    return 'sums over all'
+  return f'takes together by `{by}`, or may, the'
 
 
 class NotSeparable(ValueError):
@@ -48,9 +55,12 @@ class Separate:
 
   Raises:
     NotSeparable: the update of one part, or of one layer, depends on another: a
-      clip by the global norm, a draw of layers. The message names both. Or it
-      draws the random numbers of all layers from one key, as noise on gradients
-      is: a draw that they share, as that of a random subspace, is none.
+      clip by the global norm, a draw of layers. The message names both. So does
+      that of an operation which is not known to keep layers apart (`stacks`).
+      Or it looks at how many layers there are or at their numbers, as rates
+      that fall from layer to layer do. Or it draws the random numbers of all
+      layers from one key, as noise on gradients is: a draw that they share, as
+      that of a random subspace, is none.
 
   Examples:
     >>> params = {'layers': jnp.ones((3, 2)), 'head': jnp.ones(2)}
@@ -163,15 +173,17 @@ class Separate:
     }
     n, m = len(params), len(self._structs)
     jaxpr = self._trace(self._params, treedef)
-    self._check_draws(jaxpr, treedef)
+    higher = self._trace(self._layer(self._count() + 1), treedef)
+    self._check_draws(jaxpr, higher)
     stacked = [0 if part == STACK else None for part in of_params]
     facts = dependence.find(
       jaxpr,
       [
         *(2 * stacked),
-        *map(self._axis, range(m)),
+        *(self.axes.get(i, (None, 0))[0] for i in range(m)),
         *(None, None),
       ],
+      self._count(),
     )
     labels = [*of_params, *of_params, *(of_state.get(i) for i in range(m))]
     names = [*names, *names, *self.paths]
@@ -193,7 +205,7 @@ class Separate:
       if x.mixes:
         k = (x.mixes & -x.mixes).bit_length() - 1
         raise NotSeparable(
-          f'the update of {what} sums over all layers of {names[k]}'
+          f'the update of {what} {_together(x.by)} layers of {names[k]}'
         )
     for i, x in enumerate(facts[n:]):
       part, what = of_state.get(i), self.paths[i]
@@ -203,7 +215,12 @@ class Separate:
       elif found:
         raise NotSeparable(f'its state {what} depends on {found}')
       elif x.mixes and i in self.axes:
-        raise NotSeparable(f'its state {what} sums over all layers')
+        raise NotSeparable(f'its state {what} {_together(x.by)} layers')
+    if found := dependence.difference(jaxpr, higher):
+      raise NotSeparable(
+        f'it looks at how many layers there are, or at their numbers ({found}):'
+        ' of one layer it cannot know'
+      )
 
   def _trace(self, params, treedef):
     """An update of all parts, by data: leaves in, leaves out."""
@@ -225,25 +242,15 @@ class Separate:
     value = jax.ShapeDtypeStruct((), jnp.float32)
     return dependence.trace(function, [*whole, *whole, *state, value, key])
 
-  def _check_draws(self, jaxpr, treedef):
+  def _check_draws(self, *traces):
     """Raises if more layers make it draw more from one key."""
-    drawn = collections.Counter(dependence.draws(jaxpr))
-    if not drawn:
-      return
-    higher = self._trace(self._layer(self._count() + 1), treedef)
-    more = collections.Counter(dependence.draws(higher))
+    drawn, more = (collections.Counter(dependence.draws(x)) for x in traces)
     if drawn != more:
       shape = next(iter((drawn - more) or (more - drawn)))
       raise NotSeparable(
         f'it draws random numbers of the shape {shape} for all layers from one '
         'key: each layer alone would draw the same'
       )
-
-  def _axis(self, i):
-    """The axis of layers; not of integers, which clocks look at together."""
-    if not jnp.issubdtype(self._structs[i].dtype, jnp.floating):
-      return None
-    return self.axes.get(i, (None, 0))[0]
 
   def _is_count(self, i):
     x = self._structs[i]

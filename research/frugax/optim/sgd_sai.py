@@ -9,7 +9,7 @@ import optax
 
 from frugax.optim.adam import wide
 from frugax.optim.axes import layer_axes
-from frugax.optim.dependence import only_saves_work
+from frugax.optim.declared import only_saves_work
 
 
 def sgd_sai(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from frugax.optim import leafwise
-from frugax.optim.dependence import only_saves_work
+from frugax.optim.declared import by_layer, only_saves_work
 from frugax.quant.codecs import Codec, Coded, decode, encode
 from frugax.quant.rounding import random_bits
 
@@ -238,6 +238,11 @@ def _hold(arrays, after):
 
 def _loop(step, places, own, parts, cached, onto=None):
   """The same part by part, in place of `own` or of its copies in `onto`."""
+  loop = functools.partial(_looped, step, places, parts, cached)
+  return by_layer(loop)(own, onto)
+
+
+def _looped(step, places, parts, cached, own, onto):
   shape = jax.tree.leaves(own)[0].shape
   shape = (math.prod(shape[: parts.rows]), *shape[parts.rows :])
   height = parts.shape[parts.rows - 1]

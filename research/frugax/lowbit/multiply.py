@@ -250,7 +250,10 @@ def _of_rounded(how, left, right):
     if how.implementation != 'xla' and chips.takes('lowbit', how.kernel):
       return _by_kernel(how, a, b, left_scale + right_scale)
     if how.codes == 'float8':
-      return rescaled(product(a, b))
+      # XLA's compiler does not get through with these products for GPUs.
+      return lax.platform_dependent(
+        a, b, cuda=wide, default=lambda a, b: rescaled(product(a, b))
+      )
     return rescaled(_integers(a, b, dims, batch, *how.shifts))
 
   if how.native is None:

@@ -78,7 +78,8 @@ def _sums(a, b, axes):
 
   if kind == 'float4':
     return wide(a, b)
-  # The numbers are exact in bfloat16, whose products CPUs are faster at.
+  # The numbers are exact in bfloat16, whose products CPUs are faster at, and in
+  # which alone XLA's compiler gets through for GPUs.
   return lax.platform_dependent(
-    a, b, cpu=wide, default=lambda a, b: products.dot(a, b, axes)
+    a, b, cpu=wide, cuda=wide, default=lambda a, b: products.dot(a, b, axes)
   )

@@ -92,9 +92,8 @@ def prepare(
         file_format='array_record',
         download_config=tfds.download.DownloadConfig(try_download_gcs=False),
       )
-    except (
-      OSError
-    ):  # another process, which wrote the same, may have been first
+    except OSError:
+      # Another process, which wrote the same, may have been first.
       builder = Builder(data_dir=data_dir)
       if not builder.is_prepared():
         raise

@@ -40,9 +40,9 @@ def quantized_matmul(
   int4 on v5e, v5p and v6e, 8-bit floats, int4 and float4 on tpu7x, integers as
   weights on all of these; on Hopper (H100, H200) int8, int4 and 8-bit floats by
   Mosaic GPU (two different ones from jax 0.11 on). Elsewhere XLA computes the
-  same, of 8-bit floats on GPUs and CPUs as bfloat16, and a warning of the logger
-  'frugax' says so once; so it does on several devices, over which a kernel is
-  cut by `jax.shard_map` alone (with check_vma=False).
+  same, of 8-bit floats on GPUs and CPUs as bfloat16, and a warning of the
+  logger 'frugax' says so once; so it does on several devices, over which a
+  kernel is cut by `jax.shard_map` alone (with check_vma=False).
 
   Args:
     a: (M, K), or (K, M) in layout 'TN'.

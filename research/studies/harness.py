@@ -389,5 +389,5 @@ class Benchmark:
         check=True,
       )
       known[run.name] = json.loads(plan.stdout)['needed']
-      path.write_text(json.dumps(known, indent=1, sort_keys=True) + '\n')
+      sweep.write_json(path, dict(sorted(known.items())))
     return known[run.name]

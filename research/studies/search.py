@@ -100,9 +100,7 @@ class Search:
       if len(trials) == harness.TRIALS:
         self.loss[p] = min(r.final(steps) for r in trials)
     if self.bench.train:
-      self._path.parent.mkdir(parents=True, exist_ok=True)
-      rows = [dataclasses.asdict(p) for p in self.loss]
-      self._path.write_text(json.dumps(rows, indent=1) + '\n')
+      sweep.write_json(self._path, [dataclasses.asdict(p) for p in self.loss])
 
   def allowed(self) -> list[Parts]:
     """Those that hold little enough, the best first."""

@@ -248,10 +248,15 @@ class Results:
       dict(zip(self._fields, key, strict=True)) | dataclasses.asdict(result)
       for key, result in self.of.items()
     ]
-    self._path.parent.mkdir(parents=True, exist_ok=True)
-    new = self._path.with_suffix('.new')
-    new.write_text(json.dumps(rows, indent=1) + '\n')
-    new.replace(self._path)
+    write_json(self._path, rows)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes a file as a whole: one that is there stays whole until then."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  new = path.with_suffix('.new')
+  new.write_text(json.dumps(value, indent=1) + '\n')
+  new.replace(path)
 
 
 def parser(description: str) -> argparse.ArgumentParser:

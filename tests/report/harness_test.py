@@ -13,7 +13,7 @@ import pytest
 from frugax import report
 from frugax.report import scoring
 from frugax.train import phases
-from studies import benchmark, harness, workloads
+from studies import benchmark, harness, sweep, workloads
 from studies.methods import CHANGES, METHODS, WIDTH, Parts
 from studies.workloads import WORKLOADS
 
@@ -273,3 +273,21 @@ def test_a_record_keeps_what_was_finite():
   assert record.final(60) == math.inf and record.final(30) == 3.0
   (one,) = record.evaluations(slots=64)
   assert one['slots'] == 30 * 64 and one['flops'] == 30 * 64 * 6
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(
+  tmp_path, monkeypatch
+):
+  """Hours of runs are told of in it."""
+  path = tmp_path / 'measured.json'
+  sweep.write_json(path, {'hours': 1})
+
+  def cut_short(self, text):
+    with open(self, 'w') as f:
+      f.write(text[:5])
+    raise OSError('the disk is full')
+
+  monkeypatch.setattr(pathlib.Path, 'write_text', cut_short)
+  with pytest.raises(OSError, match='full'):
+    sweep.write_json(path, {'hours': 2})
+  assert json.loads(path.read_text()) == {'hours': 1}

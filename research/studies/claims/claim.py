@@ -114,8 +114,7 @@ class Lab:
       if not self.train:
         raise Missing(f'{name} was not measured')
       known[name] = {'values': measure(), 'origin': sweep.here()}
-      path.parent.mkdir(parents=True, exist_ok=True)
-      path.write_text(json.dumps(known, indent=1) + '\n')
+      sweep.write_json(path, known)
     self.origins.append(f'measured by {known[name]["origin"]}')
     return known[name]['values']
 

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import logging
 import os
 import re
 import subprocess
@@ -219,7 +220,9 @@ def tpu_plan(tmp_path_factory):
 
 
 def _run(capsys, *argv):
+  level = logging.getLogger('frugax').level
   status = command.main([*argv])
+  assert logging.getLogger('frugax').level == level
   return status, *capsys.readouterr()
 
 

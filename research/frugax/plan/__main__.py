@@ -136,15 +136,19 @@ def _json(args, plans, best):
 
 def main(argv: list[str]) -> int:
   """Runs the command; returns the exit status, 2 for a bad argument."""
-  # What is left to XLA on which chip is part of no table.
-  logging.getLogger('frugax').setLevel(logging.ERROR)
+  logger = logging.getLogger('frugax')
+  level = logger.level
   try:
+    # What is left to XLA on which chip is part of no table.
+    logger.setLevel(logging.ERROR)
     run(argv)
   except ValueError as e:
     if not fx_config.is_ours(e):
       raise
     print(f'error: {e}', file=sys.stderr)
     return 2
+  finally:
+    logger.setLevel(level)
   return 0
 
 

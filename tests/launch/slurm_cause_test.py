@@ -27,7 +27,7 @@ def test_the_first_that_failed_by_itself_is_the_cause(
   launcher, ends, status, requeues
 ):
   """Not the status that srun gives, the highest of all."""
-  task = ROOT / 'launch' / 'slurm_task.sh'
+  task = shlex.quote(str(ROOT / 'launch' / 'slurm_task.sh'))
   lines = [f'bash {task} sh -c {shlex.quote(end)}; {{}}' for end in ends]
   srun = launcher.folder / 'bin' / 'srun'
   for _ in range(2):  # the second start does not take the first's word

@@ -168,6 +168,16 @@ def test_a_function_of_each_layer_is_accepted_and_applied(function):
     )
 
 
+def test_rates_of_all_layers_in_an_array_are_refused():
+  rates = np.array([1.0, 0.9, 0.8], np.float32)[:, None, None]
+  with pytest.raises(NotSeparable, match='3 layers and not with one more'):
+    Separate(
+      _of_each(lambda g: rates * g),
+      {'layers': {'w': jnp.ones((3, 4, 6))}},
+      _ALONE,
+    )
+
+
 def test_norms_that_muon_takes_for_one_matrix_are_refused():
   """Optax's Muon orthogonalizes all leaves of two axes, those too."""
   tree = _tree()

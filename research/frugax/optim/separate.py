@@ -173,7 +173,12 @@ class Separate:
     }
     n, m = len(params), len(self._structs)
     jaxpr = self._trace(self._params, treedef)
-    higher = self._trace(self._layer(self._count() + 1), treedef)
+    try:
+      higher = self._trace(self._layer(self._count() + 1), treedef)
+    except (ValueError, TypeError) as e:
+      raise NotSeparable(
+        f'it works with {self._count()} layers and not with one more: {e}'
+      ) from e
     self._check_draws(jaxpr, higher)
     stacked = [0 if part == STACK else None for part in of_params]
     facts = dependence.find(

@@ -4,7 +4,7 @@
 # make test-gpu  compile the GPU kernels for an H200; no GPU is needed
 # make parity  compare with the transformers package's LLaMA
 # make bench   time the step and the optimizers against hand-written ones
-# make bench-peers  time the optimizers against PyTorch's, compare with qwix
+# make bench-peers  time the optimizers against others' and compare with qwix
 # make bench-kernels  count the cycles of TPU kernels, by their compiler
 # make memory-table  optimizer state and peak HBM by the TPU's compiler; hours
 # Each makes the virtual environment that it needs. PYTHON=python3.12 chooses
@@ -60,10 +60,13 @@ bench: $(READY)
 	$(PY) research/studies/bench_step.py
 	$(PY) research/studies/bench_optim.py
 
-# The packages of the peers, in an environment of their own.
+# The packages of the peers, in an environment of their own, at the versions of
+# research/studies/bench_peers.log: transformers is what the first two import.
+PEERS := galore-torch==1.0 apollo-torch==1.0.3 transformers==5.24.0 pytorch-optimizer==4.1.0
+PEERS += torchao==0.18.0 bitsandbytes==0.50.2 torch==2.13.0 numpy==2.4.6
 bench-peers: $(READY)
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet torch==2.13.0 galore-torch apollo-torch pytorch-optimizer torchao bitsandbytes
+	.venv-peers/bin/python -m pip install --quiet $(PEERS)
 	$(PY) research/studies/bench_peers.py --python .venv-peers/bin/python
 	$(PY) -m pip install --quiet --no-deps --upgrade --target .cache/qwix qwix==0.1.8
 	PYTHONPATH=.cache/qwix $(PY) research/studies/bench_qwix.py

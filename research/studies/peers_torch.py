@@ -2,19 +2,22 @@
 
 Runs in an environment of its own. Reads a line of JSON with the optimizer and
 the shapes of its tensors, does a first step and answers with a line of JSON:
-why the optimizer does not run, or why it runs without being compiled and what
-bytes its state has, and its losses on peers_problem.py. Then answers each
-further line with the seconds that one step took.
+`versions`, and `error`, why the optimizer does not run, or `compiled`, how many
+functions of its step are; `eager`, why it only runs without that; the `bytes`
+of its state and its `losses` on peers_problem.py. Then answers each further
+line with the seconds that one step took.
 """
 
 import functools
 import importlib
+import importlib.metadata
 import json
 import sys
 import time
 
 import peers_problem
 import torch
+from torch._dynamo.utils import counters
 
 
 def main():
@@ -32,19 +35,23 @@ def main():
     {'params': tensors(job['matrices']), **job['group']},
     {'params': tensors(job['others'])},
   ]
+  said = {'versions': {}}
   try:
+    for name in ('torch', job['package'].split('.')[0]):
+      said['versions'][name] = importlib.metadata.version(name)
     package = importlib.import_module(job['package'])
     make = functools.partial(
       getattr(package, job['name']), lr=job['rate'], **job['arguments']
     )
     optimizer = make(groups)
-    said = {'eager': first_step(optimizer)}
+    said['eager'] = first_step(optimizer)
+    said['compiled'] = counters['frames']['ok']
     said['bytes'] = sum(
       x.numel() * x.element_size() for x in held(optimizer.state).values()
     )
     said['losses'] = losses(lambda own: make([{'params': own, **job['small']}]))
   except Exception as error:
-    print(json.dumps({'error': in_a_line(error)}), flush=True)
+    print(json.dumps(said | {'error': in_a_line(error)}), flush=True)
     return
   print(json.dumps(said), flush=True)
   for _ in sys.stdin:
@@ -60,6 +67,7 @@ def first_step(optimizer):
   except Exception as error:
     # Some compile their step, for which there may be no C++ compiler.
     torch.compiler.set_stance('force_eager')
+    counters.clear()
     optimizer.step()
     return in_a_line(error)
   return None

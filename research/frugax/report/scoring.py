@@ -33,7 +33,7 @@ def to_target(trial: Sequence[Evaluation], target: float, axis: str) -> float:
 
   Args:
     trial: its evaluations, in any order.
-    target: the loss to be reached; NaN reaches nothing.
+    target: the loss to be reached; one that is not finite never is.
     axis: what to count.
 
   Returns:
@@ -46,6 +46,8 @@ def to_target(trial: Sequence[Evaluation], target: float, axis: str) -> float:
     >>> to_target(trial, 2.5, 'steps'), to_target(trial, 1.0, 'steps')
     (20, inf)
   """
+  if not math.isfinite(target):
+    return math.inf
   reached = (e[axis] for e in trial if e['eval_loss'] <= target)
   return min(reached, default=math.inf)
 
@@ -86,27 +88,6 @@ def of_workload(studies: Sequence[float]) -> float:
   if not studies:
     raise ValueError('a workload needs at least one study')
   return statistics.median(studies)
-
-
-def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
-  """An interval for the median that assumes nothing of the distribution.
-
-  Of n independent values all lie on one side of the median with probability
-  2^(1 - n), so that it lies between the least and the greatest but for that.
-
-  Returns:
-    The least, the greatest, and the probability that the median is between.
-
-  Raises:
-    ValueError: no values.
-
-  Examples:
-    >>> median_interval([3.0, 1.0, 2.0])
-    (1.0, 3.0, 0.75)
-  """
-  if not values:
-    raise ValueError('an interval needs at least one value')
-  return min(values), max(values), 1 - 2.0 ** (1 - len(values))
 
 
 def ratios(

@@ -14,10 +14,11 @@ one GPU with --jobs=1.
 WORKDIR gets one folder a run and benchmark.json. Interrupted, the same command
 goes on; runs that benchmark.json tells of, with the same config, are not
 trained again: copy the one in studies/logs there to report on it or to add to
-it. --report trains nothing.
+it. --report trains nothing. The target's own trials, AdamW's, are always
+trained; a workload without a target has its losses alone told.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from frugax import names
 from frugax.report import scoring
@@ -29,6 +30,18 @@ from studies.workloads import WORKLOADS
 # What is also trained on padded documents.
 PADDED = ('adamw', 'galore', 'apollo', 'snsm', 'stable_spam', 'muon')
 _NEVER = 'never'
+_TAUS = (1, 1.25, 1.5, 2, 4)  # of the performance profile
+
+
+def keys(
+  bench: harness.Benchmark, workload: str, methods: Sequence[str]
+) -> Iterator[sweep.Key]:
+  """Of all runs that the tables of a workload are made of."""
+  if target := WORKLOADS[workload].target:
+    yield from bench.ran(target, harness.BASE)[0]
+  for name in dict.fromkeys([*methods, harness.BASE]):
+    for own in bench.ran(workload, name):
+      yield from own
 
 
 def to_target(
@@ -45,9 +58,9 @@ def to_target(
   lines = [
     f'{workload}: target {bench.target(workload):.4f} nats a token,'
     f' {harness.STUDIES} studies of {harness.TRIALS} trials, {own.steps} steps'
-    f' of {own.batch} x {own.length}',
+    f' of {own.batch} x {own.length}, seeds 0 to {harness.STUDIES - 1}',
     f'{"":18}{"steps":>21}{"tokens":>9}{"slots":>9}{"FLOPs":>9}'
-    f'{"seconds":>22}{"state":>9}{"of Adam":>8}{"step":>9}',
+    f'{"seconds":>22}{"state":>9}{"of Adam":>8}{"step":>9}  commit',
   ]
   for name in methods:
     took = {a: bench.took(workload, name, a) for a in harness.AXES}
@@ -61,13 +74,12 @@ def to_target(
       f'{_short(record.state_bytes):>9}'
       f'{record.state_bytes / record.adam_bytes:8.1%}'
       f'{_short(bench.bytes_of_step(workload, name)):>9}'
+      f'  {bench.commits(bench.ran(workload, name)[0])}'
     )
-  *_, share = scoring.median_interval(range(harness.STUDIES))
   lines.append(
-    'each axis: the median of the studies; in brackets the least and the'
-    ' greatest, between which\nthe median of all studies would be with'
-    f' {share:.0%}; state, step: bytes of the optimizer, and of all that the'
-    ' compiled\nstep takes on a CPU'
+    f'each axis: the median of the {harness.STUDIES} studies; in brackets the'
+    ' least and the greatest of them; state, step:\nbytes of the optimizer, and'
+    ' of all that the compiled step takes on a CPU'
   )
   return '\n'.join(lines)
 
@@ -75,46 +87,80 @@ def to_target(
 def losses(
   bench: harness.Benchmark, workload: str, methods: Sequence[str]
 ) -> str:
-  """Where the best choice of each method ends, and what that is to AdamW."""
+  """Where the best choice of each method ends, and what that is to AdamW.
+
+  Args:
+    bench: has all trials of the methods; the foot names those that lack runs
+      that judge their choice.
+    workload: its name.
+    methods: a row each.
+  """
   base = bench.finals(workload, harness.BASE)
   steps = WORKLOADS[workload].steps
   lines = [
     f'{workload}: final validation loss, nats a token, of the best of'
     f' {harness.STUDIES * harness.TRIALS} choices, {len(harness.FRESH)} other'
-    ' seeds',
+    f' seeds, {harness.FRESH[0]} to {harness.FRESH[-1]}',
     f'{"":18}{"loss":>8}{"+-":>8}{"- adamw":>9}{"+-":>8}{"published":>11}'
-    f'{"diverged":>10}  rate, b2',
+    f'{"diverged":>10}  {"rate, b2":42}commits',
   ]
+  studies, unjudged = [], []  # whose trial was chosen; of whom none is judged
   for name in methods:
     finals = bench.finals(workload, name)
     if not finals.size:
+      unjudged.append(name)
       continue
     loss, own = seeds.interval(finals)
-    mean, half = orders.difference(finals, base)
+    over = f'{"-":>9}{"-":>8}'
+    if base.size:
+      mean, half = orders.difference(finals, base)
+      over = f'{mean:+9.4f}{half:8.4f}'
     tried = list(bench.trials(workload, name))
     lost = sum(end == float('inf') for end, _ in tried)
-    chosen = bench.best(workload, name)
-    rates = [key[2] for _, key in tried]
-    edge = ' (the edge)' * (chosen[0] in (min(rates), max(rates)))
+    studies.append(min(tried)[1][-1])
+    rate, b2 = bench.best(workload, name)
+    marks = [f' ({m})' * bool(m) for m in bench.edges(workload, name)]
+    chosen = f'{rate:g}{marks[0]}, {b2 or "-"}{marks[1]}'
+    commits = map(bench.commits, bench.ran(workload, name))
     lines.append(
-      f'{name:18}{loss:8.4f}{own:8.4f}{mean:+9.4f}{half:8.4f}'
+      f'{name:18}{loss:8.4f}{own:8.4f}{over}'
       f'{harness.as_published(loss):11.4f}'
       f'{f"{lost} of {len(tried)}":>10}'
-      f'  {chosen[0]:g}{edge}, {chosen[1] or "-"}'
+      f'  {chosen:42}{"/".join(commits)}'
     )
+  foot = []
+  if unjudged:
+    foot = [f'runs that judge a choice are missing of: {", ".join(unjudged)}']
+  if not studies:
+    return '\n'.join([lines[0], *foot])
+  first = max(studies, key=studies.count)
+  most = studies.count(first)
   lines.append(
     '+-: half of the 95 % interval of the mean; - adamw: at equal seed, after'
-    f' {steps} steps; published:\nas the harness of the papers prints the loss'
-    f' where it has {harness.PUBLISHED_N} batches; diverged: of the trials'
+    f' {steps} steps; published: as the\nharness of the papers prints the loss'
+    f' where it has {harness.PUBLISHED_N} batches; diverged: of the trials;'
+    f' edge: among the\n{harness.OUTERMOST} lowest or highest of its kind that'
+    ' were tried, so that a better one may lie beyond; commits: of the\n'
+    'trials/of the runs that judge. Each choice was tried with one seed, its'
+    " study's, so that choices are compared\nacross seeds:"
+    f' {most} of {len(studies)} best ones are of the study of seed {first}'
+    + f', so that its {harness.TRIALS} trials nearly alone decide'
+    * (most > 0.75 * len(studies))
   )
-  return '\n'.join(lines)
+  return '\n'.join([*lines, *foot])
 
 
 def scores(
   bench: harness.Benchmark, workloads: Sequence[str], methods: Sequence[str]
 ) -> str:
-  """AlgoPerf's scores over the workloads, an axis a column."""
-  found = {}
+  """AlgoPerf's scores and performance profiles over the workloads.
+
+  Args:
+    bench: has all trials of the methods.
+    workloads: their names; of each can be told what a method took.
+    methods: a row each.
+  """
+  found, ratios = {}, {}
   for axis in ('steps', 'tokens', 'seconds'):
     taken = {
       w: {
@@ -122,27 +168,80 @@ def scores(
       }
       for w in workloads
     }
-    ratios = scoring.ratios(taken)
-    found[axis] = {n: scoring.benchmark_score(r) for n, r in ratios.items()}
+    ratios[axis] = scoring.ratios(taken)
+    found[axis] = {
+      n: scoring.benchmark_score(r) for n, r in ratios[axis].items()
+    }
   order = sorted(methods, key=lambda n: -found['steps'][n])
-  lines = [f'{"":18}' + ''.join(f'{axis:>9}' for axis in found)]
+  profiled = ('steps', 'seconds')
+  taus = ''.join(f'{tau:>6g}' for tau in _TAUS)
+  lines = [
+    f'{"":18}{"score":27}'
+    + '   '.join(['', *(f'{f"profile, {a}":{len(taus)}}' for a in profiled)]),
+    f'{"":18}'
+    + ''.join(f'{axis:>9}' for axis in found)
+    + f'   {taus}' * len(profiled),
+  ]
   for name in order:
-    lines.append(
-      f'{name:18}' + ''.join(f'{of[name]:9.3f}' for of in found.values())
-    )
+    line = f'{name:18}' + ''.join(f'{of[name]:9.3f}' for of in found.values())
+    for axis in profiled:
+      shares = (scoring.profile(ratios[axis][name], tau) for tau in _TAUS)
+      line += '   ' + ''.join(f'{share:6.2f}' for share in shares)
+    lines.append(line)
   lines.append(
-    f'1: first on each of {", ".join(workloads)}; 0: never there, or beyond'
-    f' {scoring.R_MAX:g} times the first. (Slots and FLOPs score as steps do.)'
+    f'score: 1: first on each of {", ".join(workloads)}; 0: never there, or'
+    f' beyond {scoring.R_MAX:g} times the first; the area under the\nprofile,'
+    ' which is the share of workloads on which a method took at most so many'
+    ' times what the first took.\n(Slots and FLOPs are as steps.)'
   )
-  return '\n'.join(lines)
+  if len(workloads) == 1:
+    lines.append(
+      'With one workload the score is a plain ratio:'
+      f' ({scoring.R_MAX:g} - taken / what the first took) /'
+      f' {scoring.R_MAX - 1:g}; a profile is 0 or 1.'
+    )
+  return '\n'.join(line.rstrip() for line in lines)
+
+
+def tables(
+  bench: harness.Benchmark, of: Mapping[str, Sequence[str]]
+) -> Iterator[str]:
+  """All there is to tell; a line says why where a table is not there.
+
+  Args:
+    bench: trains nothing here but compiles steps, if it may.
+    of: workload -> methods.
+  """
+  told = {}
+  for workload, methods in of.items():
+    whole = [m for m in methods if bench.whole(workload, m)]
+    if missing := [m for m in methods if m not in whole]:
+      yield f'{workload}: NOT COMPLETE, left out: {", ".join(missing)}'
+    if why := bench.untold(workload):
+      yield f'{workload}: no table of what each took to the target: {why}'
+    else:
+      told[workload] = whole
+    if whole:
+      yield '\n'.join(bench.origins(keys(bench, workload, whole)))
+      if not why:
+        yield to_target(bench, workload, whole)
+      yield losses(bench, workload, whole)
+  everywhere = [
+    m
+    for m in METHODS
+    if len(told) == len(of) and all(m in own for own in told.values())
+  ]
+  if everywhere:
+    yield scores(bench, list(of), everywhere)
+  else:
+    yield 'no scores: no method is judged on every workload'
 
 
 def _ranged(values, digits):
   middle = scoring.of_workload(values)
-  low, high, _ = scoring.median_interval(values)
   return (
-    f'{_number(middle, digits)} [{_number(low, digits)},'
-    f' {_number(high, digits)}]'
+    f'{_number(middle, digits)} [{_number(min(values), digits)},'
+    f' {_number(max(values), digits)}]'
   )
 
 
@@ -184,21 +283,10 @@ def main():
     w: given or (PADDED if w == 'padded' else [*METHODS]) for w in workloads
   }
   for workload, methods in of.items():
+    bench.get_target(workload)
     bench.get(workload, methods)
     bench.judge(workload, methods)
-  print('\n'.join(bench.origins()), end='\n\n')
-  for workload, methods in of.items():
-    whole = [m for m in methods if bench.whole(workload, m)]
-    if missing := [m for m in methods if m not in whole]:
-      print(f'{workload}: NOT COMPLETE, left out: {", ".join(missing)}\n')
-      of[workload] = whole
-    if not bench.judges(workload):
-      continue
-    print(to_target(bench, workload, whole), end='\n\n')
-    print(losses(bench, workload, whole), end='\n\n')
-  everywhere = [m for m in METHODS if all(m in of[w] for w in workloads)]
-  if all(map(bench.judges, workloads)):
-    print(scores(bench, workloads, everywhere))
+  print('\n\n'.join(tables(bench, of)))
 
 
 if __name__ == '__main__':

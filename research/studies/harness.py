@@ -12,7 +12,10 @@ the median over its studies of the least final loss.
 
 For the loss at equal tokens the choice that ended lowest of all trials is
 trained anew with eight seeds that no choice was made by, and judged on the
-whole validation set.
+whole validation set. Each choice is tried with one seed alone, its study's:
+choices of different studies are compared across seeds, and mostly one of the
+study wins whose seed is the easiest, so that hardly more than its four trials
+decide. That is so for all methods alike.
 
 What is equal: model, data and their order (by seed), batch, warm-up over a
 tenth of the steps and cosine to a tenth, no weight decay, clipping at norm 1
@@ -33,6 +36,7 @@ import hashlib
 import json
 import math
 import pathlib
+import re
 import statistics
 import subprocess
 import sys
@@ -57,6 +61,8 @@ DEFAULT = ('packed', 'padded')
 # the mean loss times N / (N + 1).
 PUBLISHED_N = 201
 Choice = tuple[float, float | None]  # learning rate and b2
+OUTERMOST = 2  # values on a side that are its edge, of those tried
+_COMMIT = re.compile(r'commit ([0-9a-f]{7})[0-9a-f]*( \(changed\))?')
 
 
 def as_published(loss: float) -> float:
@@ -160,6 +166,32 @@ def choice(method: Method, n: int) -> Choice:
   return rate, float(f'{1 - DECAYS[0] * (DECAYS[1] / DECAYS[0]) ** y:.5g}')
 
 
+def edges(
+  tried: Iterable[Choice], chosen: Choice, outermost: int = OUTERMOST
+) -> tuple[str, ...]:
+  """Where a choice lies at the edge of what was tried, so of each number.
+
+  Args:
+    tried: all choices, the chosen one among them.
+    chosen: the one to tell of.
+    outermost: so many values on a side are its edge.
+
+  Returns:
+    'low edge', 'high edge' or '', for the learning rate and for b2.
+
+  Examples:
+    >>> tried = [(0.1 * n, None) for n in range(1, 7)]
+    >>> edges(tried, tried[1]), edges(tried, tried[2]), edges(tried, tried[5])
+    (('low edge', ''), ('', ''), ('high edge', ''))
+  """
+  found = []
+  for value, all_of_it in zip(chosen, zip(*tried, strict=True), strict=True):
+    values = sorted({v for v in all_of_it if v is not None})
+    low, high = values[:outermost], values[-outermost:]
+    found.append('low edge' * (value in low) or 'high edge' * (value in high))
+  return tuple(found)
+
+
 def make_run(key: sweep.Key, method: Method, data_dir: str) -> sweep.Run:
   """The run of a key; its name ends in a digest of all that it is."""
   name, label, rate, b2, seed = key
@@ -259,7 +291,7 @@ class Benchmark:
     methods: Iterable[str],
     studies: Sequence[int] = range(STUDIES),
   ) -> None:
-    """Trains what is missing of the trials, and of those of the target."""
+    """Trains what is missing of the trials."""
     methods = list(methods)
     wanted = [
       key
@@ -267,11 +299,12 @@ class Benchmark:
       for name in methods
       for key in self.study_keys(workload, name, study)
     ]
-    target = WORKLOADS[workload].target
-    if target and BASE in methods:
-      for study in range(STUDIES):
-        wanted += self.study_keys(target, BASE, study)
     self._results.get(wanted, train=self.train)
+
+  def get_target(self, workload: str) -> None:
+    """Likewise of the trials that set the target, where there is one."""
+    if target := WORKLOADS[workload].target:
+      self.get(target, [BASE])
 
   def study(self, workload: str, method: str, study: int) -> list[Record]:
     """The trials of a study that are there."""
@@ -302,10 +335,19 @@ class Benchmark:
       for study in range(STUDIES)
     )
 
-  def judges(self, workload: str) -> bool:
-    """Whether the runs are there that set the target, and AdamW's own."""
+  def untold(self, workload: str) -> str:
+    """Why it cannot be told what a method took to the target; '' if it can."""
     target = WORKLOADS[workload].target
-    return bool(target) and all(self.whole(w, BASE) for w in (workload, target))
+    if not target:
+      return f'{workload} has no target'
+    if not self.whole(target, BASE):
+      return f'runs of {BASE} on {target}, which set the target, are missing'
+    if not math.isfinite(loss := self.target(workload)):
+      return (
+        f'the target, what {BASE} reaches on {target}, is {loss}: in most'
+        ' studies all trials diverged'
+      )
+    return ''
 
   def took(self, workload: str, method: str, axis: str) -> list[float]:
     """What each study scores on an axis."""
@@ -353,10 +395,30 @@ class Benchmark:
       return np.zeros(0)
     return np.array([r.final(WORKLOADS[workload].steps) for r in found])
 
-  def origins(self, keys: Iterable[sweep.Key] | None = None) -> list[str]:
+  def edges(self, workload: str, method: str) -> tuple[str, ...]:
+    """Where the best choice lies at the edge of those tried, see `edges`."""
+    tried = [key[2:4] for _, key in self.trials(workload, method)]
+    return edges(tried, self.best(workload, method))
+
+  def ran(
+    self, workload: str, method: str
+  ) -> tuple[list[sweep.Key], list[sweep.Key]]:
+    """The trials that are there, and the runs that judge the best of them."""
+    trials = [key for _, key in self.trials(workload, method)]
+    if not trials:
+      return [], []
+    own = self._fresh_keys(workload, method, self.best(workload, method))
+    return trials, [key for key in own if self.record(key)]
+
+  def origins(self, keys: Iterable[sweep.Key]) -> list[str]:
     """Which code ran how many of the runs on what."""
-    keys = self._results.of if keys is None else keys
     return self._results.origins(keys)
+
+  def commits(self, keys: Iterable[sweep.Key]) -> str:
+    """The commits of runs, shortened; + is one with changes, ? unknown."""
+    found = [_COMMIT.search(self._results.of[key].origin) for key in keys]
+    names = [m[1] + '+' * bool(m[2]) if m else '?' for m in found]
+    return ','.join(dict.fromkeys(names)) or '-'
 
   def origins_of(
     self, workload: str, method: str, chosen: Choice | None = None

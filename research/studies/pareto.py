@@ -5,7 +5,8 @@
 WORKDIR has a benchmark.json, as the one that ships. Writes pareto.png there and
 prints the points: of each method the final loss, mean over seeds that its
 choice was not made by, and all bytes of its state, embedding and head included.
-On the front lies what no other method beats in both.
+On the front lies what no other method beats in both. `frugal` is what
+studies/search.py found, `ours` the combination that it began with.
 """
 
 import argparse
@@ -21,12 +22,21 @@ from studies.workloads import WORKLOADS
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-  """A method: its bytes, and its loss with half of the 95 % interval."""
+  """A method: its bytes, and its loss with half of the 95 % interval.
+
+  Attributes:
+    name: as tables have it.
+    state_bytes: of all parameters.
+    loss: the mean over seeds.
+    half: of the interval.
+    commits: of its trials, and of the runs that judge.
+  """
 
   name: str
   state_bytes: int
   loss: float
   half: float
+  commits: str = '-'
 
 
 def points(bench: harness.Benchmark, workload: str) -> list[Point]:
@@ -36,7 +46,10 @@ def points(bench: harness.Benchmark, workload: str) -> list[Point]:
     finals = bench.finals(workload, name)
     if finals.size and np.isfinite(finals).all():
       size = bench.study(workload, name, 0)[0].state_bytes
-      found.append(Point(name, size, *seeds.interval(finals)))
+      commits = '/'.join(map(bench.commits, bench.ran(workload, name)))
+      found.append(
+        Point(search.label(name), size, *seeds.interval(finals), commits)
+      )
   return found
 
 
@@ -58,11 +71,12 @@ def front(all_points: Sequence[Point]) -> list[Point]:
 def table(all_points: Sequence[Point]) -> str:
   """A row a method, by growing bytes; a star is on the front."""
   best = front(all_points)
-  lines = [f'{"":34}{"state bytes":>12}{"loss":>9}{"+-":>8}']
+  wide = max((len(p.name) for p in all_points), default=0) + 4
+  lines = [f'{"":{wide}}{"state bytes":>12}{"loss":>9}{"+-":>8}    commits']
   for p in sorted(all_points, key=lambda p: p.state_bytes):
     lines.append(
-      f'{p.name:34}{p.state_bytes:12,}{p.loss:9.4f}{p.half:8.4f}'
-      f'{" *" * (p in best)}'
+      f'{p.name:{wide}}{p.state_bytes:12,}{p.loss:9.4f}{p.half:8.4f}'
+      f' {"*" if p in best else " "}  {p.commits}'
     )
   return '\n'.join(lines)
 
@@ -74,6 +88,8 @@ def picture(path: pathlib.Path, all_points: Sequence[Point], title: str):
   fig = figure.Figure(figsize=(9, 6), dpi=130, layout='constrained')
   ax = fig.subplots()
   best = front(all_points)
+  sizes = [p.state_bytes for p in all_points]
+  middle = (min(sizes) * max(sizes)) ** 0.5
   ax.step(
     [p.state_bytes for p in best],
     [p.loss for p in best],
@@ -86,10 +102,13 @@ def picture(path: pathlib.Path, all_points: Sequence[Point], title: str):
     ax.errorbar(
       p.state_bytes, p.loss, p.half, fmt='o', color=color, elinewidth=0.6
     )
+    # Towards the middle, so that no name runs over the frame.
+    right = p.state_bytes <= middle
     ax.annotate(
       p.name,
       (p.state_bytes, p.loss),
-      xytext=(5, 4),
+      xytext=(5 if right else -5, 4),
+      ha='left' if right else 'right',
       textcoords='offset points',
       fontsize=8,
       color=color,

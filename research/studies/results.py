@@ -2,25 +2,39 @@
 
     python research/studies/results.py
 
-Nothing in RESULTS.md is written by hand: tables, verdicts and what did not work
-are read from studies/logs, which is a WORKDIR of studies/benchmark.py,
-studies/search.py and studies/claims without the runs' folders. Each table names
-the command that makes its logs.
+Nothing in RESULTS.md is written by hand but the notes (logs/notes.txt): tables,
+verdicts and what did not work are read from studies/logs, which is a WORKDIR of
+studies/benchmark.py, studies/search.py and studies/claims without the runs'
+folders. Each table names the command that makes its logs, and no data set is
+needed.
 """
 
 import argparse
 import math
 import pathlib
+import textwrap
 
 from studies import benchmark, harness, pareto, search, sweep
 from studies.claims import claim
 from studies.claims.__main__ import ALL
 from studies.methods import METHODS
 from studies.recipes import orders
+from studies.workloads import WORKLOADS
 
 LOGS = pathlib.Path(__file__).parent / 'logs'
 PATH = sweep.ROOT / 'RESULTS.md'
 _SHIPPED = 'research/studies/logs'
+_WORKDIR = 'runs/benchmark'
+# All that the numbers are made by, the logs that ship taken along and back.
+_COMMANDS = f"""\
+python research/studies/workloads.py --data_dir=data
+mkdir -p {_WORKDIR} && cp -r {_SHIPPED}/. {_WORKDIR}
+python research/studies/benchmark.py {_WORKDIR}
+python research/studies/search.py {_WORKDIR}
+python -m studies.claims {_WORKDIR}
+(cd {_WORKDIR} && tar cf - *.json */*.json) | tar xf - -C {_SHIPPED}
+python research/studies/pareto.py {_SHIPPED}
+python research/studies/results.py"""
 
 
 def text(logs: pathlib.Path) -> str:
@@ -36,12 +50,19 @@ def text(logs: pathlib.Path) -> str:
   parts = [
     '# Results',
     f'Made by `python research/studies/results.py` from `{_SHIPPED}`; not'
-    ' edited by hand. What is equal between rows, how hyper-parameters are'
-    ' tried and what counts is told in `research/studies/harness.py`. Trials'
-    f' have seeds 0 to {harness.STUDIES - 1}, one a study; what judges a choice'
-    f' has seeds {harness.FRESH[0]} to {harness.FRESH[-1]}.',
+    ' edited by hand, but the notes. What is equal between rows, how'
+    ' hyper-parameters are tried and what counts is told in'
+    ' `research/studies/harness.py`. Trials have seeds 0 to'
+    f' {harness.STUDIES - 1}, one a study; what judges a choice has seeds'
+    f' {harness.FRESH[0]} to {harness.FRESH[-1]}. A row names the commits that'
+    ' ran it, shortened: + is one with changes, ? unknown.',
+    'All of it anew, from the root of a clone. A run is trained again only if'
+    f' its folder is not in `{_WORKDIR}` and the logs that are copied there do'
+    ' not tell of it; leave the copy out to train all:',
+    _command(_COMMANDS),
     *_benchmark(bench),
     *_notes(logs),
+    *_recipe(bench, logs),
     *_pareto(bench),
     *claims,
     '## What did not work?',
@@ -54,22 +75,33 @@ def _benchmark(bench):
   whole = {
     w: [m for m in METHODS if bench.whole(w, m)]
     for w in harness.DEFAULT
-    if bench.judges(w)
+    if not bench.untold(w)
   }
-  everywhere = [m for m in METHODS if all(m in own for own in whole.values())]
+  everywhere = [
+    m for m in METHODS if whole and all(m in own for own in whole.values())
+  ]
   return [
     '## What does each optimizer take to the same loss?',
-    _command('python research/studies/benchmark.py runs/benchmark'),
-    'Runs: ' + '; '.join(bench.origins()) + '.',
+    _command(f'python research/studies/benchmark.py {_WORKDIR}'),
     *(
-      f'Workload `{w}`: not run yet.' for w in harness.DEFAULT if w not in whole
+      f'Workload `{w}`: not told: {bench.untold(w)}.'
+      for w in harness.DEFAULT
+      if w not in whole
+    ),
+    *(
+      f'Runs of the tables on `{w}`: '
+      + '; '.join(bench.origins(benchmark.keys(bench, w, own)))
+      + '.'
+      for w, own in whole.items()
     ),
     *(_block(benchmark.to_target(bench, w, own)) for w, own in whole.items()),
     '## What is the loss at equal tokens?',
     *(_block(benchmark.losses(bench, w, own)) for w, own in whole.items()),
     '## Who is best over workloads?',
     "AlgoPerf's score of each axis: the area under the performance profile.",
-    _block(benchmark.scores(bench, list(whole), everywhere)),
+    _block(benchmark.scores(bench, [*whole], everywhere))
+    if everywhere
+    else 'Not told yet.',
   ]
 
 
@@ -79,10 +111,70 @@ def _notes(logs):
   return [path.read_text().strip()] if path.exists() else []
 
 
+def _recipe(bench, logs):
+  """The winner of the search, and what it was judged at."""
+  head = [
+    '## Which recipe do we recommend?',
+    _command(f'python research/studies/search.py {_WORKDIR}'),
+  ]
+  best = search.winner(bench, search.tried(logs))
+  if best is None:
+    return [*head, 'The search was not run yet.']
+  name = search.label(best.name)
+  try:
+    mean, half = search.over_base(bench, best.name)
+  except LookupError as missing:
+    return [*head, f'Not judged yet: {missing}.']
+  key = bench.study_keys(search.WORKLOAD, best.name, 0)[0]
+  run, record = bench.run(key), bench.record(key)
+  share = search.share(run)
+  million = search.parameters(run) / 1e6
+  edges = [
+    f'of `{search.label(n)}` its {what} at the {edge}'
+    for n in (best.name, harness.BASE)
+    for what, edge in zip(
+      ('rate', 'b2'), bench.edges(search.WORKLOAD, n), strict=True
+    )
+    if edge
+  ]
+  size = WORKLOADS[search.WORKLOAD]
+  return [
+    *head,
+    f'`{name}`: of {len(search.tried(logs))} combinations that the search tried'
+    f" the best one whose state for the layers' linears is at most"
+    f" a tenth of Adam's in float32 (`{best.name}`).",
+    f"- State for the linears: {share:.1%} of Adam's in float32, which is"
+    f" {2 * share:.1%} of Adam's in bfloat16; of all parameters, embedding and"
+    f' head included, {record.state_bytes / record.adam_bytes:.1%} in'
+    ' float32.\n'
+    f'- Final loss: {mean:+.4f} +- {half:.4f} nats a token over AdamW that was'
+    f' tuned alike, {len(harness.FRESH)} seeds. '
+    + ('It is lower.' if mean + half < 0 else 'It is not shown to be lower.')
+    + (f' At the edge of what was tried: {"; ".join(edges)}.' if edges else '')
+    + f'\n- Judged at {million:.1f} M parameters and'
+    f' {size.steps * size.slots:,} tokens only (workload'
+    f' `{search.WORKLOAD}`), not at any larger size: whether it holds there is'
+    ' not known, and so it is no default.',
+    'Runs: '
+    + '; '.join(
+      bench.origins(
+        key
+        for n in (best.name, harness.BASE)
+        for own in bench.ran(search.WORKLOAD, n)
+        for key in own
+      )
+    )
+    + '.',
+  ]
+
+
 def _pareto(bench):
   return [
     '## What does a byte of state buy?',
     _command(f'python research/studies/pareto.py {_SHIPPED}'),
+    '`frugal` is the recipe above, `ours` the combination that its search'
+    ' began with; a star is on the front, where no other has both fewer bytes'
+    ' and a lower loss.',
     f'![Loss against bytes of optimizer state]({_SHIPPED}/pareto.png)',
     _block(pareto.table(pareto.points(bench, 'packed'))),
   ]
@@ -100,7 +192,7 @@ def _claims(lab):
     texts.append(_block(told))
   return verdicts, [
     "## Do the papers' claims hold here?",
-    _command('python -m studies.claims runs/benchmark'),
+    _command(f'python -m studies.claims {_WORKDIR}'),
     f'`--only NAME` tells of one. Verdicts: {claim.HOLDS}, {claim.PART},'
     f' {claim.NOT}, and {claim.OPEN}, where the interval lies on both sides.',
     '\n'.join(['| claim | name | verdict |', '|---|---|---|', *rows]),
@@ -121,9 +213,17 @@ def _failures(bench, verdicts):
       continue
     mean, half = orders.difference(finals, base)
     if mean - half > 0:
+      edges = [
+        f'{what} is at the {edge}'
+        for what, edge in zip(
+          ('rate', 'b2'), bench.edges('packed', name), strict=True
+        )
+        if edge
+      ]
+      but = f'; its {" and its ".join(edges)} of those tried' if edges else ''
       lines.append(
         f'- `{name}` ends {mean:.4f} +- {half:.4f} nats a token above tuned'
-        ' AdamW on `packed`.'
+        f' AdamW on `packed`{but}.'
       )
     ends = [end for end, _ in bench.trials('packed', name)]
     if lost := sum(map(math.isinf, ends)):
@@ -135,8 +235,8 @@ def _failures(bench, verdicts):
   return ['\n'.join(lines)]
 
 
-def _command(line):
-  return f'    {line}'
+def _command(lines):
+  return textwrap.indent(lines, '    ')
 
 
 def _block(lines):

@@ -5,10 +5,10 @@
 In the first study's four trials on the packed workload: first every change of
 one part of studies/methods.Parts; then the parts that ended lower than the
 first combination, put together from the best one on, each kept if it ends lower
-still. Only what holds at most a tenth of Adam's state for the linears of the
-layers may win. The winner and the first combination then get the other studies,
-from which each takes its best choice, and are judged beside tuned AdamW on
-seeds that nothing was chosen by (`studies/harness.py`).
+still. Only what holds at most a tenth of Adam's state in float32 for the
+linears of the layers may win. The winner and the first combination then get the
+other studies, from which each takes its best choice, and are judged beside
+tuned AdamW on seeds that nothing was chosen by (`studies/harness.py`).
 """
 
 import dataclasses
@@ -30,14 +30,25 @@ from studies.workloads import WORKLOADS
 LIMIT = 0.1
 WORKLOAD = 'packed'
 FOUND = 'search.json'  # the combinations that were tried, in WORKDIR
+# What won, and is `frugax.optim.frugal` since.
+FRUGAL = Parts(projector='sketch2', moments='rotate', residual='fira')
+
+
+def _built(run):
+  config = run.config()
+  fields = config.model.to_dict()
+  model = llama.Llama(llama.config(fields.pop('size'), **fields))
+  return config, model, jax.eval_shape(model.init, jax.random.PRNGKey(0))
+
+
+def parameters(run: sweep.Run) -> int:
+  """How many the model of a run has."""
+  return sum(x.size for x in jax.tree.leaves(_built(run)[2]))
 
 
 def share(run: sweep.Run) -> float:
   """State of the layers' linears over that of Adam in float32 for them."""
-  config = run.config()
-  fields = config.model.to_dict()
-  model = llama.Llama(llama.config(fields.pop('size'), **fields))
-  shapes = jax.eval_shape(model.init, jax.random.PRNGKey(0))
+  config, model, shapes = _built(run)
   tx, _ = fx_optimizer.make_optimizer(config, shapes, model.axes())
   own, _ = state_lib.parameter_bytes(tx, shapes)
   held = adam = 0
@@ -51,12 +62,67 @@ def share(run: sweep.Run) -> float:
   return held / adam
 
 
-def with_candidates(workdir: pathlib.Path, **arguments) -> harness.Benchmark:
-  """The benchmark with all combinations that the search has tried there."""
+def tried(workdir: pathlib.Path) -> list[Parts]:
+  """All combinations that the search has tried there."""
   path = workdir / FOUND
-  tried = json.loads(path.read_text()) if path.exists() else []
-  of = {p.name: p.method() for p in (Parts(**fields) for fields in tried)}
+  rows = json.loads(path.read_text()) if path.exists() else []
+  return [Parts(**row) for row in rows]
+
+
+def with_candidates(workdir: pathlib.Path, **arguments) -> harness.Benchmark:
+  """The benchmark with them."""
+  of = {p.name: p.method() for p in tried(workdir)}
   return harness.Benchmark(workdir, **arguments, methods=METHODS | of)
+
+
+def label(name: str) -> str:
+  """What a method is called in tables.
+
+  Examples:
+    >>> label(FRUGAL.name), label('ours'), label('adamw')
+    ('frugal', 'ours', 'adamw')
+  """
+  return 'frugal' if name == FRUGAL.name else name
+
+
+def first_loss(bench: harness.Benchmark, parts: Parts) -> float:
+  """The least final loss of the first study; inf if a trial is missing."""
+  trials = bench.study(WORKLOAD, parts.name, 0)
+  if len(trials) < harness.TRIALS:
+    return math.inf
+  return min(r.final(WORKLOADS[WORKLOAD].steps) for r in trials)
+
+
+def first_share(bench: harness.Benchmark, parts: Parts) -> float:
+  """What `share` is of a combination."""
+  return share(bench.run(bench.study_keys(WORKLOAD, parts.name, 0)[0]))
+
+
+def winner(
+  bench: harness.Benchmark, candidates: Iterable[Parts]
+) -> Parts | None:
+  """Whose first study ended lowest, of those that hold little enough.
+
+  Args:
+    bench: has their trials.
+    candidates: any number; of those without a trial none wins.
+  """
+  for p in sorted(candidates, key=lambda p: first_loss(bench, p)):
+    if math.isfinite(first_loss(bench, p)) and first_share(bench, p) <= LIMIT:
+      return p
+  return None
+
+
+def over_base(bench: harness.Benchmark, name: str) -> tuple[float, float]:
+  """Final loss less that of tuned AdamW, and half of its 95 % interval.
+
+  Raises:
+    LookupError: runs that judge them are missing.
+  """
+  finals, base = (bench.finals(WORKLOAD, n) for n in (name, harness.BASE))
+  if not (finals.size and base.size):
+    raise LookupError(f'{name}: runs that judge it are missing')
+  return orders.difference(finals, base)
 
 
 def together(a: Parts, b: Parts) -> Parts:
@@ -91,14 +157,9 @@ class Search:
     parts = [p for p in dict.fromkeys(parts) if p not in self.loss]
     self.bench.methods |= {p.name: p.method() for p in parts}
     self.bench.get(WORKLOAD, [p.name for p in parts], studies=[0])
-    steps = WORKLOADS[WORKLOAD].steps
     for p in parts:
-      trials = self.bench.study(WORKLOAD, p.name, 0)
-      key = self.bench.study_keys(WORKLOAD, p.name, 0)[0]
-      self.share[p] = share(self.bench.run(key))
-      self.loss[p] = math.inf  # so far: not all trials are there
-      if len(trials) == harness.TRIALS:
-        self.loss[p] = min(r.final(steps) for r in trials)
+      self.share[p] = first_share(self.bench, p)
+      self.loss[p] = first_loss(self.bench, p)
     if self.bench.train:
       sweep.write_json(self._path, [dataclasses.asdict(p) for p in self.loss])
 
@@ -122,31 +183,74 @@ class Search:
     return self.allowed()[0]
 
 
+def row(bench: harness.Benchmark, parts: Parts, share: float) -> str:
+  """What a combination's first study tells.
+
+  Args:
+    bench: has its trials; `-` stands for what one lacks.
+    parts: the combination.
+    share: of Adam's state, see `share`.
+  """
+  keys = bench.study_keys(WORKLOAD, parts.name, 0)
+  choices = {k[2:4]: bench.record(k) for k in keys}
+  loss, best, commits = first_loss(bench, parts), '-', '-'
+  if math.isfinite(loss):
+    steps = WORKLOADS[WORKLOAD].steps
+    chosen = min(choices, key=lambda c: choices[c].final(steps))
+    marks = harness.edges(choices, chosen, outermost=1)
+    best = ', '.join(
+      f'{value:g}{f" ({mark})" * bool(mark)}'
+      for value, mark in zip(chosen, marks, strict=True)
+    )
+    commits = bench.commits(keys)
+  over = ' more than a tenth' if share > LIMIT else ''
+  return f'{parts.name:52}{loss:9.4f}{share:9.1%}  {best:42}{commits}{over}'
+
+
+def told(bench: harness.Benchmark, parts: Parts) -> str:
+  """How a combination that was judged compares with tuned AdamW."""
+  try:
+    mean, half = over_base(bench, parts.name)
+  except LookupError as missing:
+    return str(missing)
+  trials, judging = bench.ran(WORKLOAD, parts.name)
+  name = f'{parts.name} (frugal)' if parts == FRUGAL else parts.name
+  return (
+    f'{name}: {mean:+.4f} +- {half:.4f} nats a token over tuned'
+    f' {harness.BASE}, {len(harness.FRESH)} seeds, {harness.FRESH[0]} to'
+    f' {harness.FRESH[-1]}; commits {bench.commits(trials)} (trials),'
+    f' {bench.commits(judging)}'
+  )
+
+
 def main():
   args = sweep.parser(__doc__).parse_args()
   search = Search(args)
   best = search.run()
   bench = search.bench
-  print('\n'.join(bench.origins()))
-  print(f'\n{"first study":52}{"loss":>9}{"of Adam":>9}')
-  for p in sorted(search.loss, key=search.loss.get):
-    over = ' more than a tenth' if search.share[p] > LIMIT else ''
-    print(f'{p.name:52}{search.loss[p]:9.4f}{search.share[p]:9.1%}{over}')
-  names = list(dict.fromkeys([best.name, Parts().name, harness.BASE]))
+  judged = list(dict.fromkeys([best, Parts()]))
+  names = [*(p.name for p in judged), harness.BASE]
   bench.get(WORKLOAD, names)
   bench.judge(WORKLOAD, names)
-  base = bench.finals(WORKLOAD, harness.BASE)
-  print()
-  for name in names[:-1]:
-    finals = bench.finals(WORKLOAD, name)
-    if not (finals.size and base.size):
-      print(f'{name}: runs that judge it are missing')
-      continue
-    mean, half = orders.difference(finals, base)
-    print(
-      f'{name}: {mean:+.4f} +- {half:.4f} nats a token over tuned'
-      f' {harness.BASE}, {len(harness.FRESH)} seeds'
-    )
+  keys = [
+    key
+    for name in dict.fromkeys([*(p.name for p in search.loss), harness.BASE])
+    for own in bench.ran(WORKLOAD, name)
+    for key in own
+  ]
+  print('\n'.join(bench.origins(keys)))
+  print(
+    f'\n{f"first study, {harness.TRIALS} trials, seed 0":52}{"loss":>9}'
+    f'{"of Adam":>9}  {"rate, b2":42}commit'
+  )
+  for p in sorted(search.loss, key=search.loss.get):
+    print(row(bench, p, search.share[p]))
+  print(
+    'of Adam: state of the linears over that of Adam in float32; edge: the'
+    f' lowest or highest of the {harness.TRIALS}\n'
+  )
+  for p in judged:
+    print(told(bench, p))
 
 
 if __name__ == '__main__':

@@ -14,6 +14,7 @@ from frugax import report
 from frugax.report import scoring
 from frugax.train import phases
 from studies import benchmark, harness, sweep, workloads
+from studies.claims import claim
 from studies.methods import CHANGES, METHODS, WIDTH, Parts
 from studies.workloads import WORKLOADS
 
@@ -212,8 +213,8 @@ def test_tables_by_hand(tmp_path, monkeypatch):
   found = rows(benchmark.to_target(bench, 'packed', names))
   assert found['adamw'][1:4] == ['375', '[375,', 'never]']
   assert found['galore'][1:4] == ['375', '[250,', '375]']
-  assert found['galore'][-2:] == ['25.0%', '-']
-  assert found['adamw'][-1] == '5.00k' and found['muon'][1] == 'never'
+  assert found['galore'][-3:] == ['25.0%', '-', '?']
+  assert found['adamw'][-2] == '5.00k' and found['muon'][1] == 'never'
   found = rows(benchmark.losses(bench, 'packed', names))
   assert found['galore'][1] == '1.9350'
   assert found['galore'][3:5] == ['-0.1000', '0.0000']
@@ -221,6 +222,139 @@ def test_tables_by_hand(tmp_path, monkeypatch):
   assert found['adamw'][5] == f'{2.035 * 201 / 202:.4f}'
   found = rows(benchmark.scores(bench, ['packed'], names))
   assert [found[n][1] for n in names] == ['1.000', '1.000', '0.000']
+  # By steps, within 1, 1.25, ... times the first; then by seconds.
+  assert found['adamw'][4:] == ['1.00'] * 10
+  assert found['muon'][4:] == ['0.00'] * 10
+  assert 'plain ratio' in benchmark.scores(bench, ['packed'], names)
+  two = benchmark.scores(bench, ['packed', 'packed'], names)
+  assert 'plain ratio' not in two
+
+
+@pytest.mark.parametrize(
+  ('best', 'marks'),
+  [
+    # The rates of all trials: x is 1/2, 1/4, 3/4, 1/8, ... of the width.
+    (0, ('', '')),
+    (7, ('low edge', 'high edge')),
+    (6, ('high edge', '')),
+    (10, ('high edge', '')),  # the second highest
+    (2, ('', 'low edge')),  # the second lowest b2
+  ],
+)
+def test_a_choice_at_the_edge_is_marked(best, marks, tmp_path, monkeypatch):
+  monkeypatch.setattr(harness, 'FRESH', (3, 4))
+  empty = harness.Benchmark(tmp_path, train=False)
+  rows = [
+    _record(key, [3.0, 2.0 - (i == best)], bench=empty)
+    for i, key in enumerate(_keys(empty, 'adamw'))
+  ]
+  chosen = harness.choice(METHODS['adamw'], best)
+  for seed in harness.FRESH:
+    key = ('packed', 'adamw', *chosen, seed)
+    rows.append(_record(key, [1.0 + seed], bench=empty))
+  bench = _write(tmp_path, rows)
+  assert bench.edges('packed', 'adamw') == marks
+  want = ', '.join(
+    f'{x:g}' + f' ({mark})' * bool(mark)
+    for x, mark in zip(chosen, marks, strict=True)
+  )
+  text = benchmark.losses(bench, 'packed', ['adamw'])
+  assert f'  {want} ' in text
+  assert f'1 of 1 best ones are of the study of seed {best // 4}' in text
+
+
+def test_rows_name_the_commits_of_their_own_runs(tmp_path, monkeypatch):
+  _three(tmp_path, monkeypatch)
+  rows = json.loads((tmp_path / 'benchmark.json').read_text())
+  for row in rows:
+    judges, dirty = row['seed'] in harness.FRESH, row['method'] == 'muon'
+    commit = ('b' if judges else 'a') * 12 + ' (changed)' * dirty
+    row['origin'] = f'commit {commit}, jax 0.10.2, cpu, 2 cores'
+  other = [
+    row | {'workload': 'half', 'origin': f'commit {"c" * 12}, jax'}
+    for row in rows
+  ]
+  bench = _write(tmp_path, rows + other)
+  names = ('galore', 'muon')
+  found = benchmark.to_target(bench, 'packed', names).splitlines()
+  assert found[2].endswith('  aaaaaaa') and found[3].endswith('  aaaaaaa+')
+  found = benchmark.losses(bench, 'packed', names).splitlines()
+  assert found[2].endswith('  aaaaaaa/bbbbbbb')
+  assert found[3].endswith('  aaaaaaa+/bbbbbbb+')
+  # Of AdamW and what sets the target too, and of no other workload.
+  trials = harness.STUDIES * harness.TRIALS
+  assert bench.origins(benchmark.keys(bench, 'packed', names))[:2] == [
+    f'{3 * trials} runs of commit aaaaaaaaaaaa, jax 0.10.2, cpu, 2 cores',
+    '4 runs of commit bbbbbbbbbbbb, jax 0.10.2, cpu, 2 cores',
+  ]
+
+
+def _without(folder, lost):
+  rows = json.loads((folder / 'benchmark.json').read_text())
+  return _write(folder, [row for row in rows if not lost(row)])
+
+
+def test_what_is_missing_is_told_in_a_line(tmp_path, monkeypatch):
+  bench = _three(tmp_path, monkeypatch)
+  text = '\n'.join(benchmark.tables(bench, {'packed': ['adamw', 'galore']}))
+  assert 'target 2.1000' in text and '2 other seeds' in text
+  assert 'no scores' not in text
+  text = '\n'.join(benchmark.tables(bench, {'half': ['adamw']}))
+  assert 'half: no table of what each took to the target: half has no' in text
+  assert 'no scores' in text
+  # A run that judges AdamW is lost: nothing is compared with it.
+  of_adamw = ('packed', 'adamw', harness.FRESH[0])
+  bench = _without(
+    tmp_path,
+    lambda row: (row['workload'], row['method'], row['seed']) == of_adamw,
+  )
+  text = benchmark.losses(bench, 'packed', ['adamw', 'galore'])
+  row = next(x for x in text.splitlines() if x.startswith('galore')).split()
+  assert row[1] == '1.9350' and row[3:5] == ['-', '-']
+  assert 'runs that judge a choice are missing of: adamw' in text
+  text = benchmark.losses(bench, 'packed', ['adamw'])
+  assert len(text.splitlines()) == 2
+  # So is one that sets the target.
+  bench = _without(tmp_path, lambda row: row['workload'] == 'packed_short')
+  text = '\n'.join(benchmark.tables(bench, {'packed': ['galore']}))
+  assert 'adamw on packed_short, which set the target, are missing' in text
+  assert '1.9350' in text  # which needs no target
+
+
+def test_a_target_that_was_never_reached_judges_nothing(tmp_path, monkeypatch):
+  _three(tmp_path, monkeypatch)
+  rows = json.loads((tmp_path / 'benchmark.json').read_text())
+  for row in rows:
+    if row['workload'] == 'packed_short' and row['seed'] < 2:  # diverged
+      row['eval_step'], row['eval_loss'] = [1], [3.0]
+      row['eval_tokens'], row['eval_seconds'] = [1], [1.0]
+  bench = _write(tmp_path, rows)
+  assert bench.target('packed') == math.inf
+  assert 'is inf: in most studies all trials' in bench.untold('packed')
+  (why,) = (
+    text
+    for text in benchmark.tables(bench, {'packed': ['galore']})
+    if 'no table' in text
+  )
+  assert why.endswith(bench.untold('packed'))
+
+
+def test_the_target_is_trained_whoever_is_judged(tmp_path, monkeypatch, capsys):
+  """By the command; claims about final losses need none."""
+  asked = []
+  monkeypatch.setattr(
+    sweep.Results, 'get', lambda self, keys, train: asked.extend(keys)
+  )
+  command = ['benchmark.py', str(tmp_path), '--methods=galore']
+  monkeypatch.setattr('sys.argv', [*command, '--workloads=packed'])
+  benchmark.main()
+  of = {(workload, method) for workload, method, *_ in asked}
+  assert of == {('packed_short', 'adamw'), ('packed', 'galore')}
+  assert 'NOT COMPLETE, left out: galore' in capsys.readouterr().out
+  asked.clear()
+  with pytest.raises(claim.Missing, match='runs of adamw'):
+    claim.Lab(tmp_path).finals('adamw')
+  assert {key[0] for key in asked} == {'packed'}
 
 
 def test_a_run_of_another_config_does_not_count(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib import figure
 
 from studies import harness, pareto, results, search, seeds
 from studies.claims import (
@@ -208,12 +209,91 @@ def test_results_say_what_did_not_work(tmp_path):
   assert (tmp_path / 'pareto.png').stat().st_size > 10_000
 
 
+def test_names_in_the_picture_stay_inside_its_frame(tmp_path, monkeypatch):
+  drawn = []
+  monkeypatch.setattr(
+    figure.Figure, 'savefig', lambda self, p: drawn.append(self)
+  )
+  own = [
+    pareto.Point(name, size, 2.0, 0.1)
+    for name, size in (('q_galore', 10), ('apollo', 90), ('stable_spam', 100))
+  ]
+  pareto.picture(tmp_path / 'pareto.png', own, 'a title')
+  (fig,) = drawn
+  fig.draw_without_rendering()
+  (ax,) = fig.axes
+  assert len(ax.texts) == len(own)
+  for text in ax.texts:
+    box = text.get_window_extent()
+    assert ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1, text
+
+
 def test_results_tell_of_workloads_that_were_not_run(tmp_path):
   _lab(tmp_path, {('packed', 'adamw'): _ADAM, ('packed_short', 'adamw'): _ADAM})
   (tmp_path / 'notes.txt').write_text('Beside other work.')
   text = results.text(tmp_path)
   assert 'Beside other work.' in text
-  assert 'packed: target' in text and 'Workload `padded`: not run yet' in text
+  assert 'packed: target' in text
+  assert 'Workload `padded`: not told: runs of adamw on padded_short' in text
+  assert 'The search was not run yet' in text
+
+
+def test_shipped_results_are_made_of_shipped_logs_alone(tmp_path, monkeypatch):
+  """As in a clone that has no data sets."""
+  monkeypatch.chdir(tmp_path)
+  assert results.text(results.LOGS) == results.PATH.read_text()
+
+
+def test_the_recipe_that_the_search_found(tmp_path, monkeypatch):
+  small, large = search.FRUGAL, Parts(codec='f32')
+  ends = {('packed', 'adamw'): _ADAM, ('packed', small.name): _ADAM - 0.25}
+  _lab(tmp_path, ends, (small,))
+  rows = [vars(p) for p in (large, small)]
+  (tmp_path / search.FOUND).write_text(json.dumps(rows))
+  text = results.text(tmp_path)
+  for said in (
+    *('`frugal`: of 2 combinations', '-0.2500 +- 0.0000 nats a token over'),
+    *("8.2% of Adam's in float32", "16.3% of Adam's in bfloat16"),
+    *('It is lower.', 'Judged at 0.2 M parameters and 256,000 tokens only'),
+    *('not at any larger size', 'the commit of adamw', '25.0% in float32'),
+  ):
+    assert said in text
+  assert small.name not in text.partition('What does a byte')[2]
+  rows = json.loads((tmp_path / 'benchmark.json').read_text())
+  lost = ('adamw', harness.FRESH[0])
+  rows = [r for r in rows if (r['method'], r['seed']) != lost]
+  (tmp_path / 'benchmark.json').write_text(json.dumps(rows))
+  assert 'Not judged yet: ours' in results.text(tmp_path)
+  # What is better but holds more than a tenth does not win.
+  monkeypatch.setattr(search, 'first_loss', lambda bench, p: float(p == small))
+  bench = search.with_candidates(tmp_path, train=False)
+  assert search.winner(bench, [small, large]) == small
+  assert search.winner(bench, [large]) is None
+
+
+def test_the_search_marks_choices_at_the_edge(tmp_path):
+  _lab(tmp_path, {('packed', 'ours'): _ADAM}, (Parts(),))
+  (tmp_path / search.FOUND).write_text(json.dumps([vars(Parts())]))
+
+  def row(share):
+    bench = search.with_candidates(tmp_path, train=False)
+    return search.row(bench, Parts(), share)
+
+  first = row(0.3)
+  assert '  0.02, 0.97846' in first and 'more than a tenth' in first
+  # Let the last trial of the study be the best: the lowest rate of four.
+  path = tmp_path / 'benchmark.json'
+  rows = json.loads(path.read_text())
+  rows[harness.TRIALS - 1]['eval_loss'] = [3.0, 1.0]
+  path.write_text(json.dumps(rows))
+  assert '  0.007071 (low edge), 0.98708' in row(0.05)
+  rows.pop(0)
+  path.write_text(json.dumps(rows))
+  assert row(0.05).split()[1:] == ['inf', '5.0%', '-', '-']
+  assert (
+    search.winner(search.with_candidates(tmp_path, train=False), [Parts()])
+    is None
+  )
 
 
 class _Args:

@@ -3,17 +3,19 @@
 Each has its learning rate and, if it has a second moment, that one's decay
 tried, from ranges of equal width: a factor of 16 in the rate, and b2 from 0.9
 to 0.999. The middle of the rates is the best that shorter runs found
-(low_rank/compare.log, stability/stability.log), which for most is a few times
-what their papers take at 60M and more; `studies/benchmark.py` marks a best
+(low_rank/compare.log, stability/stability.log) or, for apollo_mini and sgd_sai,
+ranges that proved too low and too high; for most it is a few times what their
+papers take at 60M and more; `studies/benchmark.py` marks a best
 choice that lies at the edge.
 
-All else is the paper's, but for this. Subspaces have a fourth of the model's
-dimension and are found anew every 40 steps, where papers have 100 to 200 of
-10,000 and more: 40 steps are several memories of b1, and a run has a dozen
-refreshes; COAP's sketch comes every 8, its decomposition every 40. SPAM and
-Stable-SPAM reset their moments every fifth of a run (papers: every twentieth to
-fortieth), as a shorter interval is none beside b2. LISA trains one of three
-layers at a time, plain Adam embedding and head. `adamw_bf16` has its moments
+All else is the paper's: ranks are a fourth of the model's dimension. But in
+runs of less than 5,000 steps subspaces are found anew every 40 steps, where
+papers have 100 to 200 of 10,000 and more: 40 steps are several memories of b1,
+and a run has a dozen refreshes; COAP's sketch comes every 8, its decomposition
+every 40. There, too, SPAM and Stable-SPAM reset their moments every fifth of a
+run (papers: every twentieth to fortieth), as a shorter interval is none beside
+b2. LISA trains one of three layers at a time, and two of more; plain Adam
+trains embedding and head. `adamw_bf16` has its moments
 rounded to nearest in bfloat16, once a step, and weights in float32; in the
 papers' code weights are bfloat16, too, and V is rounded twice.
 """
@@ -27,6 +29,8 @@ from studies.workloads import Workload
 WIDTH = 16.0  # the greatest learning rate that is tried over the least
 DECAYS = (0.1, 0.001)  # 1 - b2
 INTERVAL = 40  # steps from one refresh of the subspaces to the next
+LONG = 5_000  # steps of a run that has the papers' intervals
+REFRESHES = 50  # of a run of `OFTEN`, as in papers' at 60M
 # The moments of a model as small as the benchmark's are coded as well.
 _SMALLEST = 256
 
@@ -66,10 +70,18 @@ def _always(**arguments):
 
 
 def _low_rank(interval=INTERVAL, **more):
-  return lambda w: {'rank': w.dim // 4, 'update_interval': interval, **more}
+  def arguments(workload):
+    own = {'rank': workload.dim // 4, 'update_interval': interval, **more}
+    if workload.steps >= LONG:
+      del own['update_interval']
+    return own
+
+  return arguments
 
 
 def _spam(workload):
+  if workload.steps >= LONG:
+    return {}
   interval = max(workload.steps // 5, 10)  # of which 3/10 are warm-up
   return {'reset_interval': interval, 'warmup_steps': 3 * interval // 10}
 
@@ -77,8 +89,9 @@ def _spam(workload):
 def _stable_spam(workload):
   # The paper's decays for 16 bits and for 4.
   sixteen = {'gamma1': 0.85, 'gamma2': 0.99999}
+  short = {'reset_interval': max(workload.steps // 5, 10)}
   return {
-    'reset_interval': max(workload.steps // 5, 10),
+    **(short if workload.steps < LONG else {}),
     'total_steps': workload.steps,
     **(sixteen if workload.matmul in ('f32', 'bf16') else {}),
   }
@@ -128,8 +141,11 @@ METHODS = {
   'apollo': Method('apollo', 1e-2, arguments=_low_rank(), paper=_ZHU),
   'apollo_mini': Method(
     'apollo_mini',
-    4e-3,
-    arguments=lambda w: {'update_interval': INTERVAL, 'scale': w.dim / 4},
+    8e-3,
+    arguments=lambda w: {
+      **({'update_interval': INTERVAL} if w.steps < LONG else {}),
+      'scale': w.dim / 4,
+    },
     paper=_ZHU,
   ),
   'ldadam': Method(
@@ -157,10 +173,27 @@ METHODS = {
     paper='Huang et al., 2502.17055',
   ),
   'lisa': Method(
-    'lisa', 2e-3, arguments=_always(active=1), paper='Pan et al., 2403.17919'
+    'lisa',
+    2e-3,
+    arguments=lambda w: {'active': 1 if w.layers <= 3 else 2},
+    paper='Pan et al., 2403.17919',
   ),
-  'sgd_sai': Method('sgd_sai', 1e-1, decay='', paper='Xu et al., 2412.11768'),
+  'sgd_sai': Method('sgd_sai', 4e-2, decay='', paper='Xu et al., 2412.11768'),
   'muon': Method('muon', 1e-2, decay='adam_b2', paper='Jordan et al., 2024'),
+}
+
+
+# With subspaces found anew as often as in the papers' runs, for the claim that
+# most of that can be left out.
+OFTEN = {
+  f'{name}_often': dataclasses.replace(
+    METHODS[name],
+    arguments=lambda w, name=name: {
+      **METHODS[name].arguments(w),
+      'update_interval': w.steps // REFRESHES,
+    },
+  )
+  for name in ('galore', 'q_galore')
 }
 
 

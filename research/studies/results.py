@@ -46,7 +46,7 @@ def text(logs: pathlib.Path) -> str:
       to say of how they were made.
   """
   bench = search.with_candidates(logs, train=False)
-  verdicts, claims = _claims(claim.Lab(logs, train=False))
+  findings, claims = _claims(claim.Lab(logs, train=False))
   parts = [
     '# Results',
     f'Made by `python research/studies/results.py` from `{_SHIPPED}`; not'
@@ -66,7 +66,7 @@ def text(logs: pathlib.Path) -> str:
     *_pareto(bench),
     *claims,
     '## What did not work?',
-    *_failures(bench, verdicts),
+    *_failures(bench, findings),
   ]
   return '\n\n'.join(parts) + '\n'
 
@@ -181,16 +181,16 @@ def _pareto(bench):
 
 
 def _claims(lab):
-  """Verdicts by name, and the section; what is missing has none."""
-  verdicts, texts, rows = {}, [], []
+  """What was found by name, and the section; what is missing has none."""
+  findings, texts, rows = {}, [], []
   for name, one in ALL.items():
     try:
-      verdicts[name], told = claim.told(one, lab)
+      findings[name], told = claim.told(one, lab)
     except claim.Missing:
       continue
-    rows.append(f'| {one.title} | `{name}` | {verdicts[name]} |')
+    rows.append(f'| {one.title} | `{name}` | {findings[name].verdict} |')
     texts.append(_block(told))
-  return verdicts, [
+  return findings, [
     "## Do the papers' claims hold here?",
     _command(f'python -m studies.claims {_WORKDIR}'),
     f'`--only NAME` tells of one. Verdicts: {claim.HOLDS}, {claim.PART},'
@@ -200,11 +200,12 @@ def _claims(lab):
   ]
 
 
-def _failures(bench, verdicts):
+def _failures(bench, findings):
   lines = [
-    f'- Claim `{name}`: {ALL[name].title}: {verdict}.'
-    for name, verdict in verdicts.items()
-    if verdict in (claim.NOT, claim.OPEN)
+    f'- Claim `{name}`, {finding.verdict}: {line}.'
+    for name, finding in findings.items()
+    for verdict, line in finding.parts
+    if verdict != claim.HOLDS
   ]
   base = bench.finals('packed', harness.BASE)
   for name in METHODS:
@@ -230,7 +231,7 @@ def _failures(bench, verdicts):
       lines.append(
         f'- `{name}`: {lost} of {len(ends)} trials on `packed` diverged.'
       )
-  if missing := [name for name in ALL if name not in verdicts]:
+  if missing := [name for name in ALL if name not in findings]:
     lines.append(f'- Not tried yet: {", ".join(f"`{n}`" for n in missing)}.')
   return ['\n'.join(lines)]
 

@@ -218,10 +218,16 @@ class Results:
     self._path, self._fields = path, fields
     self._run, self._sweep, self._kind = run, sweep, kind
     self.of: dict[Key, Result] = {}
-    rows = json.loads(path.read_text()) if path.exists() else []
-    for row in rows:
-      key = tuple(row.pop(field) for field in fields)
-      self.of[key] = kind(**row)
+    rows = read_json(path, [])
+    try:
+      for row in rows:
+        key = tuple(row.pop(field) for field in fields)
+        self.of[key] = kind(**row)
+    except (AttributeError, KeyError, TypeError) as error:
+      raise SystemExit(
+        f'{path} has a row that is no {kind.__name__} ({error!r}): move it'
+        ' away, and the runs whose folders are still there are read anew'
+      ) from None
 
   def get(self, keys: Iterable[Key], train: bool = True) -> None:
     """Adds the results of keys; those without a run only if it may train."""
@@ -251,6 +257,23 @@ class Results:
     write_json(self._path, rows)
 
 
+def read_json(path: pathlib.Path, default: Any) -> Any:
+  """What a file holds, or the default where there is none.
+
+  Raises:
+    SystemExit: the file holds something else than JSON.
+  """
+  if not path.exists():
+    return default
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise SystemExit(
+      f'{path} cannot be read ({error}): move it away, and the runs whose'
+      ' folders are still there are read anew'
+    ) from None
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes a file as a whole: one that is there stays whole until then."""
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -269,7 +292,10 @@ def parser(description: str) -> argparse.ArgumentParser:
   made.add_argument('workdir', type=pathlib.Path)
   made.add_argument('--data_dir', default='data')
   made.add_argument(
-    '--jobs', type=int, default=2, help='runs at a time, each on its own core'
+    '--jobs',
+    type=int,
+    default=2,
+    help='runs at a time, each on its own core; 1: with all cores',
   )
   made.add_argument(
     '--report', action='store_true', help='train nothing, tell what is there'
@@ -295,6 +321,6 @@ def _origin(commits, first):
   names = ', '.join(sorted({commit[:12] for commit in commits}))
   return (
     f'commit {names}{" (changed)" * bool(first["dirty"])},'
-    f' jax {first["jax"]}, {first["hardware"]["device_kind"]},'
-    f' {os.cpu_count()} cores'
+    f' python {first["python"]}, jax {first["jax"]},'
+    f' {first["hardware"]["device_kind"]}, {os.cpu_count()} cores'
   )

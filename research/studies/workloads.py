@@ -56,6 +56,11 @@ class Workload:
     return llama.config(self.size, **self.model).dim
 
   @property
+  def layers(self) -> int:
+    """The model's layers."""
+    return llama.config(self.size, **self.model).n_layers
+
+  @property
   def slots(self) -> int:
     """Tokens of a step, padding counted."""
     return self.batch * self.length

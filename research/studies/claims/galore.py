@@ -9,10 +9,9 @@ _SHARE = math.log(34.88) / math.log(34.06) - 1
 
 
 def judge(lab: claim.Lab) -> claim.Finding:
-  verdict, line = claim.versus(
-    lab, ('galore', 'packed'), ('adamw', 'packed'), _SHARE
+  return claim.headed(
+    claim.versus(lab, ('galore', 'packed'), ('adamw', 'packed'), _SHARE)
   )
-  return claim.Finding(verdict, [line])
 
 
 CLAIM = claim.Claim(

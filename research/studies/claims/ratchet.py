@@ -12,17 +12,14 @@ def judge(lab: claim.Lab) -> claim.Finding:
   rounded = lab.finals('adamw_bf16', 'long', _CHOICE)
   mean, half = orders.difference(exact, rounded)
   costs = claim.at_most(mean, half, 0.0)
-  tuned, line = claim.versus(
+  line = (
+    f'rate 5e-4, b2 = 0.999: state in float32 {exact.mean():.4f}, in bfloat16'
+    f' {rounded.mean():.4f}: {mean:+.4f} +- {half:.4f}, at most 0: {costs}'
+  )
+  tuned, tuned_line = claim.versus(
     lab, ('adamw_bf16', 'packed'), ('adamw', 'packed'), claim.SAME
   )
-  return claim.Finding(
-    claim.all_of([costs, tuned]),
-    [
-      f'rate 5e-4, b2 = 0.999: state in float32 {exact.mean():.4f}, in bfloat16'
-      f' {rounded.mean():.4f}: {mean:+.4f} +- {half:.4f}, at most 0: {costs}',
-      f'tuned: {line}',
-    ],
-  )
+  return claim.headed((costs, line), (tuned, f'tuned: {tuned_line}'))
 
 
 CLAIM = claim.Claim(

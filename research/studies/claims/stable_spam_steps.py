@@ -4,10 +4,9 @@ from studies.claims import claim
 
 
 def judge(lab: claim.Lab) -> claim.Finding:
-  verdict, line = claim.versus(
-    lab, ('stable_spam', 'int4_half'), ('adamw', 'int4'), 0.0
+  return claim.headed(
+    claim.versus(lab, ('stable_spam', 'int4_half'), ('adamw', 'int4'), 0.0)
   )
-  return claim.Finding(verdict, [line])
 
 
 CLAIM = claim.Claim(

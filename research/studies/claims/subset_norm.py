@@ -4,14 +4,12 @@ from studies.claims import claim
 
 
 def judge(lab: claim.Lab) -> claim.Finding:
-  verdicts, lines = zip(
-    *(
+  return claim.all_of(
+    [
       claim.versus(lab, (name, 'half'), ('adamw', 'packed'), 0.0)
       for name in ('adam_sn', 'snsm')
-    ),
-    strict=True,
+    ]
   )
-  return claim.Finding(claim.all_of(verdicts), lines)
 
 
 CLAIM = claim.Claim(

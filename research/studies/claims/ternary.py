@@ -4,17 +4,14 @@ from studies.claims import claim
 
 
 def judge(lab: claim.Lab) -> claim.Finding:
-  wide, wide_line = claim.versus(
+  wide = claim.versus(
     lab, ('adamw', 'ternary_wide'), ('adamw', 'packed'), claim.SAME
   )
   # That the width is needed is the other half of the claim.
-  same, same_line = claim.versus(
-    lab, ('adamw', 'ternary'), ('adamw', 'packed'), 0.0
-  )
+  same, line = claim.versus(lab, ('adamw', 'ternary'), ('adamw', 'packed'), 0.0)
   needed = {claim.HOLDS: claim.NOT, claim.NOT: claim.HOLDS}.get(same, same)
-  return claim.Finding(
-    claim.all_of([wide, needed]),
-    [wide_line, f'{same_line} (so that the width is needed {needed})'],
+  return claim.headed(
+    wide, (needed, f'{line} (so that the width is needed {needed})')
   )
 
 

@@ -26,7 +26,7 @@ padding (tokens) and with it (slots); model FLOPs are those of the slots: steps,
 slots and FLOPs are multiples of each other for all methods on a workload.
 Seconds are of training, compilation of the step counted (each trial has one of
 its own, as rate and b2 are constants in it), evaluation not. Every run has one
-core.
+core, but all with --jobs=1.
 
 `studies/benchmark.py` is the command; claims take the same runs.
 """

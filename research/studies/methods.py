@@ -3,10 +3,10 @@
 Each has its learning rate and, if it has a second moment, that one's decay
 tried, from ranges of equal width: a factor of 16 in the rate, and b2 from 0.9
 to 0.999. The middle of the rates is the best that shorter runs found
-(low_rank/compare.log, stability/stability.log) or, for apollo_mini and sgd_sai,
-ranges that proved too low and too high; for most it is a few times what their
-papers take at 60M and more; `studies/benchmark.py` marks a best
-choice that lies at the edge.
+(low_rank/compare.log, stability/stability.log), for apollo_mini twice and for
+sgd_sai less than half of it, as their first ranges were too low and too high.
+For most it is a few times what their papers take at 60M and more.
+`studies/benchmark.py` marks a best choice that lies at the edge.
 
 All else is the paper's: ranks are a fourth of the model's dimension. But in
 runs of less than 5,000 steps subspaces are found anew every 40 steps, where
@@ -15,9 +15,9 @@ and a run has a dozen refreshes; COAP's sketch comes every 8, its decomposition
 every 40. There, too, SPAM and Stable-SPAM reset their moments every fifth of a
 run (papers: every twentieth to fortieth), as a shorter interval is none beside
 b2. LISA trains one of three layers at a time, and two of more; plain Adam
-trains embedding and head. `adamw_bf16` has its moments
-rounded to nearest in bfloat16, once a step, and weights in float32; in the
-papers' code weights are bfloat16, too, and V is rounded twice.
+trains embedding and head. `adamw_bf16` has its moments rounded to nearest in
+bfloat16, once a step, and weights in float32; in the papers' code weights are
+bfloat16, too, and V is rounded twice.
 """
 
 import dataclasses

@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 import random
+import re
 import statistics
 
 import jax
@@ -425,3 +426,19 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(
   with pytest.raises(OSError, match='full'):
     sweep.write_json(path, {'hours': 2})
   assert json.loads(path.read_text()) == {'hours': 1}
+
+
+@pytest.mark.parametrize(
+  ('text', 'said'),
+  [
+    ('[{"workload": "pac', 'cannot be read'),
+    ('[{"workload": "packed"}]', 'no Record'),
+    ('{"packed": 1}', 'no Record'),
+  ],
+)
+def test_a_file_that_holds_no_records_is_named(text, said, tmp_path):
+  path = tmp_path / 'benchmark.json'
+  path.write_text(text)
+  with pytest.raises(SystemExit, match=f'{re.escape(str(path))}.*{said}'):
+    harness.Benchmark(tmp_path, train=False)
+  assert path.read_text() == text

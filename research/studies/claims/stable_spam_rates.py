@@ -45,7 +45,8 @@ CLAIM = claim.Claim(
     f' apart, {len(SEEDS)} seeds; diverges: ends above guessing, or 0.5 nats'
     ' above its least loss; is lost: diverges, or ends no better than the'
     ' entropy of the bytes (studies/stability). By counts of seeds, without an'
-    ' interval'
+    ' interval; from one commit to the next single losses differed by up to'
+    ' 0.04'
   ),
   judge=judge,
 )

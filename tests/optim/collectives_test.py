@@ -105,6 +105,24 @@ def test_no_collective_is_larger_than_a_stacks_factors(specs, moments, refresh):
 
 
 @pytest.mark.parametrize('specs', SPECS)
+def test_nor_is_one_of_frugal(specs):
+  """Its bases are codes that lie flat, which all mesh axes cut at once."""
+  axes = dict.fromkeys(SHAPES, optim.MatrixAxes((-2,), (-1,)))
+  tx = optim.frugal(1e-2, rank=RANK, axes=axes, min_size=0)
+  found = entries_of_collectives(tx, SPECS[specs])
+  assert found
+  assert max(found) <= FACTORS < GRADIENT
+
+
+@pytest.mark.parametrize('side', ['left', 'right'])
+def test_nor_is_one_of_bases_in_blocks(side):
+  tx = galore(side=side, projector_dtype='int4')
+  found = entries_of_collectives(tx, SPECS['both'])
+  assert found
+  assert max(found) <= FACTORS < GRADIENT
+
+
+@pytest.mark.parametrize('specs', SPECS)
 def test_the_svd_gathers_a_gradient(specs):
   """It would be seen."""
   found = entries_of_collectives(galore(projector='svd'), SPECS[specs])

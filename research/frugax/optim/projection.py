@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from frugax import names, quant
 from frugax.optim.adam import wide
+from frugax.optim.meshes import uncut
 
 SIDES = ('short', 'long', 'left', 'right')  # and 'both' in `low_rank`
 
@@ -230,13 +231,19 @@ def project(g: jax.Array, p: Any, rows: bool, load=lambda p: p) -> jax.Array:
     rows: whether the rows are projected.
     load: from stored bases to arrays.
   """
+  axis = -2 if rows else -1
+  coded = isinstance(p, quant.Blocks)
 
   def one(g, p):
     p = load(p)
     if p.shape[-1 if rows else -2] == 1:
       # XLA would copy the transposed gradient for a product of rank one.
-      return jnp.sum(wide(p) * wide(g), -2 if rows else -1, keepdims=True)
-    return _transpose(p) @ g if rows else g @ _transpose(p)
+      return jnp.sum(wide(p) * wide(g), axis, keepdims=True)
+    r = _transpose(p) @ g if rows else g @ _transpose(p)
+    # Codes lie flat, so the bases' long axis is cut by all mesh axes at once,
+    # also those that cut the gradient along its other axis. XLA would then
+    # gather the gradient if it could make each device a part of the rank.
+    return uncut(r, axis) if coded else r
 
   return _each(one, g, p)
 

@@ -139,7 +139,8 @@ def state_shardings(
   moments of shape (layers, rank, heads * head_dim) keep the mesh axes of layers
   and heads, and the rank takes those of embed. The packed codes of Blocks,
   whose items lie flat, are cut by all mesh axes that would cut an item, if they
-  divide. A leaf that belongs to no parameter is replicated.
+  divide: where those are several, a projector should know of the mesh, see
+  `frugax.optim.meshes`. A leaf that belongs to no parameter is replicated.
 
   Use it for `out_shardings` of a jitted `tx.init`, which by itself replicates
   what it allocates. Boxes that carry partition names must be taken off the

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from frugax.optim import leafwise
 from frugax.optim.declared import by_layer, only_saves_work
+from frugax.optim.meshes import lying_on, mesh_of
 from frugax.quant.codecs import Codec, Coded, decode, encode
 from frugax.quant.rounding import random_bits
 
@@ -97,8 +98,10 @@ def run(
   outputs = {}
   for j, k in enumerate(mirrored):
     outputs.setdefault(owners[k], []).append(j)
+  mesh = mesh_of(arrays)
   structs = [
-    jax.eval_shape(spot.load, x) for spot, x in zip(spots, arrays, strict=True)
+    lying_on(mesh, jax.eval_shape(spot.load, x))
+    for spot, x in zip(spots, arrays, strict=True)
   ]
   program = leafwise.Program(function, structs, owners)
   if not program.separates([owners[k] for k in mirrored]):
@@ -126,7 +129,9 @@ def run(
     divided = {i: divide(i, out, cached) for i, out in outputs.items()}
     parts = {i: division for i, division in divided.items() if division}
     cut = [
-      jax.ShapeDtypeStruct(parts[i].shape, x.dtype) if i in parts else x
+      lying_on(mesh, jax.ShapeDtypeStruct(parts[i].shape, x.dtype))
+      if i in parts
+      else x
       for i, x in zip(owners, structs, strict=True)
     ]
     small = leafwise.Program(function, cut, owners) if parts else program

@@ -16,12 +16,10 @@ their times contain.
 
 8-bit Adam, `quantize_state` of optax's, is timed in two formats against the
 AdamW8bit of torchao and of bitsandbytes, all without decay. `compiled` says
-how many functions of its step a peer compiles: none is eager PyTorch, which is
-how most of the packages are written. torchao compiles its update, bitsandbytes
-no more than that of tensors too small for 8 bits, which it keeps in float32.
-Where a peer compiles in vain and runs eagerly instead, the line below its own
-says why; where it does not run at all, its own does. `state` is what the
-optimizer holds after the first step.
+how many graphs of its step a peer compiles: none is eager PyTorch, which is how
+all of them but torchao's are written. Where a peer tries to and runs eagerly
+instead, the line below its own says why; where it does not run at all, its own
+does. `state` is what the optimizer holds after the first step.
 
 Of our optimizers optax.contrib has galore, which projects the longer side of a
 matrix: `galore long` is ours with `side='long'`. Its muon is the only one, so
@@ -31,7 +29,9 @@ Loss: three least-squares problems (peers_problem.py) at once, both from the
 same weights, rank 16, a fourth of the shorter side of all three, and an
 interval beyond the run, by an SVD where the method has one: the loss after 200
 steps, and the largest relative difference of the two on the way. Random
-projections and 8-bit codes are each package's own.
+projections and 8-bit codes are each package's own. The APOLLO of
+pytorch_optimizer scales the projected gradient and maps that back, where the
+method scales the gradient itself, so it ends elsewhere.
 """
 
 import argparse

@@ -3,9 +3,9 @@
 Runs in an environment of its own. Reads a line of JSON with the optimizer and
 the shapes of its tensors, does a first step and answers with a line of JSON:
 `versions`, and `error`, why the optimizer does not run, or `compiled`, how many
-functions of its step are; `eager`, why it only runs without that; the `bytes`
-of its state and its `losses` on peers_problem.py. Then answers each further
-line with the seconds that one step took.
+graphs of its step are; `eager`, why it only runs without that; the `bytes` of
+its state and its `losses` on peers_problem.py. Then answers each further line
+with the seconds that one step took.
 """
 
 import functools
@@ -45,7 +45,7 @@ def main():
     )
     optimizer = make(groups)
     said['eager'] = first_step(optimizer)
-    said['compiled'] = counters['frames']['ok']
+    said['compiled'] = counters['stats']['unique_graphs']
     said['bytes'] = sum(
       x.numel() * x.element_size() for x in held(optimizer.state).values()
     )

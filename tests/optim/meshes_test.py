@@ -35,8 +35,8 @@ def test_the_mesh_may_be_that_of_the_context():
 
 @pytest.mark.parametrize(
   'options',
-  [None, {'shape': (1, 1)}, {'kind': AxisType.Explicit}],
-  ids=['no mesh', 'one device', 'explicit'],
+  [None, {'shape': (1, 1)}, {'shape': (8, 1)}, {'kind': AxisType.Explicit}],
+  ids=['no mesh', 'one device', 'one axis', 'explicit'],
 )
 def test_elsewhere_nothing_is_asked(options):
   x = jnp.ones((8, 8))

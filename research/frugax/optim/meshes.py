@@ -51,12 +51,15 @@ def lying_on(
 def uncut(x: jax.Array, axis: int) -> jax.Array:
   """The same array, not cut along an axis; the others are for XLA to choose.
 
+  On a mesh of which one axis alone has several devices nothing is asked: there
+  no two axes can get in each other's way.
+
   Args:
     x: an array of a traced function; any other is left alone.
     axis: which axis each device shall have whole.
   """
   mesh = mesh_of(x) if isinstance(x, jax.core.Tracer) else None
-  if mesh is None:
+  if mesh is None or sum(n > 1 for n in mesh.shape.values()) < 2:
     return x
   entries: list[Any] = [PartitionSpec.UNCONSTRAINED] * x.ndim
   entries[axis] = None

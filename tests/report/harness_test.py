@@ -442,3 +442,18 @@ def test_a_file_that_holds_no_records_is_named(text, said, tmp_path):
   with pytest.raises(SystemExit, match=f'{re.escape(str(path))}.*{said}'):
     harness.Benchmark(tmp_path, train=False)
   assert path.read_text() == text
+
+
+@pytest.mark.parametrize('name', [n for n in METHODS if n != 'lisa'])
+def test_long_runs_have_the_intervals_of_the_authors(name):
+  def given(workload):
+    arguments = METHODS[name].arguments(WORKLOADS[workload])
+    return {k for k in arguments if k.endswith(('_interval', 'warmup_steps'))}
+
+  assert given('60m') == set()
+  assert given('packed') == given('10m')
+
+
+def test_two_layers_train_where_there_are_more_than_three():
+  active = METHODS['lisa'].arguments
+  assert [active(WORKLOADS[w])['active'] for w in ('packed', '60m')] == [1, 2]

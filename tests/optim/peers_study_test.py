@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shlex
 import sys
 
 import jax
@@ -34,15 +35,18 @@ def torch(tmp_path):
   """Makes a program that answers jobs as peers_torch.py does."""
 
   def make(**said):
-    program = tmp_path / 'python'
-    program.write_text(
-      f'#!{sys.executable}\n'
+    script = tmp_path / 'script.py'
+    script.write_text(
       'import sys\n'
       f'open({str(tmp_path / "job")!r}, "w").write(sys.stdin.readline())\n'
       f'print({json.dumps(said)!r}, flush=True)\n'
       'for _ in sys.stdin:\n'
       '  print(2.0, flush=True)\n'
     )
+    program = tmp_path / 'python'
+    # No path to Python in the first line: it may have a space.
+    run = shlex.join(['exec', sys.executable, str(script)])
+    program.write_text(f'#!/bin/sh\n{run}\n')
     program.chmod(0o755)
     return str(program)
 

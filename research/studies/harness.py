@@ -401,13 +401,19 @@ class Benchmark:
     return edges(tried, self.best(workload, method))
 
   def ran(
-    self, workload: str, method: str
+    self, workload: str, method: str, chosen: Choice | None = None
   ) -> tuple[list[sweep.Key], list[sweep.Key]]:
-    """The trials that are there, and the runs that judge the best of them."""
-    trials = [key for _, key in self.trials(workload, method)]
-    if not trials:
-      return [], []
-    own = self._fresh_keys(workload, method, self.best(workload, method))
+    """The trials that are there, and the runs that judge the best of them.
+
+    A choice that is given has no trials.
+    """
+    trials = []
+    if not chosen:
+      trials = [key for _, key in self.trials(workload, method)]
+      if not trials:
+        return [], []
+      chosen = self.best(workload, method)
+    own = self._fresh_keys(workload, method, chosen)
     return trials, [key for key in own if self.record(key)]
 
   def origins(self, keys: Iterable[sweep.Key]) -> list[str]:
@@ -429,7 +435,7 @@ class Benchmark:
     key = self.study_keys(workload, method, 0)[0]
     run = self.run(key)
     path = self._workdir / 'bytes.json'
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = sweep.read_json(path, {})
     if run.name not in known:
       if not self.train:
         return math.nan

@@ -69,29 +69,31 @@ def _always(**arguments):
   return lambda workload: arguments
 
 
-def _low_rank(interval=INTERVAL, **more):
-  def arguments(workload):
-    own = {'rank': workload.dim // 4, 'update_interval': interval, **more}
-    if workload.steps >= LONG:
-      del own['update_interval']
-    return own
+def _short(workload, **arguments):
+  """Arguments of runs that are too short for the authors' defaults."""
+  return arguments if workload.steps < LONG else {}
 
-  return arguments
+
+def _low_rank(interval=INTERVAL, **more):
+  return lambda w: {
+    'rank': w.dim // 4,
+    **_short(w, update_interval=interval),
+    **more,
+  }
 
 
 def _spam(workload):
-  if workload.steps >= LONG:
-    return {}
   interval = max(workload.steps // 5, 10)  # of which 3/10 are warm-up
-  return {'reset_interval': interval, 'warmup_steps': 3 * interval // 10}
+  return _short(
+    workload, reset_interval=interval, warmup_steps=3 * interval // 10
+  )
 
 
 def _stable_spam(workload):
   # The paper's decays for 16 bits and for 4.
   sixteen = {'gamma1': 0.85, 'gamma2': 0.99999}
-  short = {'reset_interval': max(workload.steps // 5, 10)}
   return {
-    **(short if workload.steps < LONG else {}),
+    **_short(workload, reset_interval=max(workload.steps // 5, 10)),
     'total_steps': workload.steps,
     **(sixteen if workload.matmul in ('f32', 'bf16') else {}),
   }
@@ -143,7 +145,7 @@ METHODS = {
     'apollo_mini',
     8e-3,
     arguments=lambda w: {
-      **({'update_interval': INTERVAL} if w.steps < LONG else {}),
+      **_short(w, update_interval=INTERVAL),
       'scale': w.dim / 4,
     },
     paper=_ZHU,

@@ -130,12 +130,9 @@ def _recipe(bench, logs):
   share = search.share(run)
   million = search.parameters(run) / 1e6
   edges = [
-    f'of `{search.label(n)}` its {what} at the {edge}'
+    f'of `{search.label(n)}` its {where}'
     for n in (best.name, harness.BASE)
-    for what, edge in zip(
-      ('rate', 'b2'), bench.edges(search.WORKLOAD, n), strict=True
-    )
-    if edge
+    for where in _edges(bench, search.WORKLOAD, n)
   ]
   size = WORKLOADS[search.WORKLOAD]
   return [
@@ -214,13 +211,7 @@ def _failures(bench, findings):
       continue
     mean, half = orders.difference(finals, base)
     if mean - half > 0:
-      edges = [
-        f'{what} is at the {edge}'
-        for what, edge in zip(
-          ('rate', 'b2'), bench.edges('packed', name), strict=True
-        )
-        if edge
-      ]
+      edges = _edges(bench, 'packed', name)
       but = f'; its {" and its ".join(edges)} of those tried' if edges else ''
       lines.append(
         f'- `{name}` ends {mean:.4f} +- {half:.4f} nats a token above tuned'
@@ -234,6 +225,12 @@ def _failures(bench, findings):
   if missing := [name for name in ALL if name not in findings]:
     lines.append(f'- Not tried yet: {", ".join(f"`{n}`" for n in missing)}.')
   return ['\n'.join(lines)]
+
+
+def _edges(bench, workload, name):
+  """What of the best choice lies at the edge, and at which."""
+  marks = zip(('rate', 'b2'), bench.edges(workload, name), strict=True)
+  return [f'{what} is at the {edge}' for what, edge in marks if edge]
 
 
 def _command(lines):

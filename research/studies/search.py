@@ -12,7 +12,6 @@ tuned AdamW on seeds that nothing was chosen by (`studies/harness.py`).
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Iterable
@@ -64,9 +63,7 @@ def share(run: sweep.Run) -> float:
 
 def tried(workdir: pathlib.Path) -> list[Parts]:
   """All combinations that the search has tried there."""
-  path = workdir / FOUND
-  rows = json.loads(path.read_text()) if path.exists() else []
-  return [Parts(**row) for row in rows]
+  return [Parts(**row) for row in sweep.read_json(workdir / FOUND, [])]
 
 
 def with_candidates(workdir: pathlib.Path, **arguments) -> harness.Benchmark:

@@ -246,8 +246,7 @@ class Results:
 
   def origins(self, keys: Iterable[Key]) -> list[str]:
     """One line for each code: how many of the runs it ran."""
-    counts = collections.Counter(self.of[key].origin for key in keys)
-    return [f'{count} runs of {origin}' for origin, count in counts.items()]
+    return counted(self.of[key].origin for key in keys)
 
   def _save(self):
     rows = [
@@ -255,6 +254,17 @@ class Results:
       for key, result in self.of.items()
     ]
     write_json(self._path, rows)
+
+
+def counted(origins: Iterable[str]) -> list[str]:
+  """How many runs are of each.
+
+  Examples:
+    >>> counted(['commit a', 'commit b', 'commit a'])
+    ['2 runs of commit a', '1 runs of commit b']
+  """
+  counts = collections.Counter(origins)
+  return [f'{count} runs of {origin}' for origin, count in counts.items()]
 
 
 def read_json(path: pathlib.Path, default: Any) -> Any:

@@ -14,7 +14,6 @@ setting.
 """
 
 import argparse
-import collections
 import dataclasses
 import math
 import pathlib
@@ -109,10 +108,8 @@ class Lab:
     found = self.bench.finals(workload, method, chosen)
     if not found.size:
       raise Missing(f'{workload}: runs of {method} are missing')
-    keys = [] if chosen else [k for _, k in self.bench.trials(workload, method)]
-    choice = chosen or self.bench.best(workload, method)
-    keys += [(workload, method, *choice, seed) for seed in harness.FRESH]
-    self.uses({key: self.bench.record(key) for key in keys})
+    trials, judging = self.bench.ran(workload, method, chosen)
+    self.uses({key: self.bench.record(key) for key in (*trials, *judging)})
     return found
 
   def uses(self, results: Mapping[sweep.Key, sweep.Result]) -> None:
@@ -121,11 +118,8 @@ class Lab:
 
   def origins(self) -> list[str]:
     """Which code ran how many of the runs on what, and measured what."""
-    counts = collections.Counter(self._runs.values())
-    return [
-      *(f'{count} runs of {origin}' for origin, count in counts.items()),
-      *dict.fromkeys(self._measured),
-    ]
+    runs = sweep.counted(self._runs.values())
+    return [*runs, *dict.fromkeys(self._measured)]
 
   def begin(self) -> None:
     """Forgets what was asked for so far."""
@@ -289,8 +283,9 @@ _JUDGED = {'holds': HOLDS, 'contradicted': NOT, 'undecided': OPEN}
 RECIPES_SETTING = (
   'LLaMA tiny, 200 steps of 2 x 128, AdamW at the rate at which bf16 is best,'
   f' three seeds (studies/recipes); A ~ B: within {orders.EQUAL} nats, A < B:'
-  ' by the whole interval, those of all links together being 95 %, so that here'
-  ' only a cost of some tenths of a nat could be shown, and no equality'
+  ' by the whole interval, those of all links together being 95 %; most are'
+  ' wider than a tenth of a nat, so neither equality nor a small cost could be'
+  ' shown here'
 )
 
 
